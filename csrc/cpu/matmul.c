@@ -1,0 +1,250 @@
+/* Loops, blocking and threads of the exact class of matmul: x is prepared once for all weights, threads share out tiles
+ * of outputs (and rows of x where outputs are few), never k. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu.h"
+#include "rows.h"
+#include "scratch.h"
+#include "select.h"
+#include "threads.h"
+
+/* Rows of x that are prepared together, and the bytes they may take where a row is long. */
+enum { MAX_ROWS_T = 128, MAX_ROWS_N = 32, MIN_ROWS = 8 };
+static const size_t prepared_bytes = (size_t)4 << 20;
+
+/* Multiplications in one piece of work that make it worth handing out: some 20 microseconds. */
+static const ptrdiff_t worthwhile = 400000;
+
+/* One weight matrix times some rows of x. Rows are counted through x's batch dimensions. */
+typedef struct chunk {
+    const qz_plan *plan;
+    const qz_format_kernels *kernels;
+    const qz_matmul_args *args;
+    qz_matmul_job base; /* the weights, from their first row on */
+    ptrdiff_t n, k, group_size;
+    ptrdiff_t first, m;      /* rows of x and y */
+    char *x;                 /* prepared; m * x_stride bytes */
+    size_t x_stride, staged; /* in each of them the float32 row, if x is not read in place, stands at `staged` */
+    int in_place;
+    char *not_finite; /* [m]: 1 where the definition takes over */
+    ptrdiff_t tiles, tile, parts;
+} chunk;
+
+static const float *row_as_f32(const chunk *c, ptrdiff_t m) {
+    const qz_array *x = &c->args->x;
+    const char *from = qz_element(x, x->ndim - 1, c->first + m);
+    float *to = (float *)(c->x + (size_t)m * c->x_stride + c->staged);
+    if (c->in_place) return (const float *)from;
+    c->plan->kernels->load(to, from, qz_last_stride(x), x->type, c->k);
+    return to;
+}
+
+static void prepare_rows(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    chunk *c = context;
+    for (ptrdiff_t m = begin; m < end; m++) {
+        const float *row = row_as_f32(c, m);
+        if (!c->args->transpose) continue;
+        char *to = c->x + (size_t)m * c->x_stride;
+        c->not_finite[m] = !c->kernels->prepare_x[c->args->digits - 1](to, row, c->k);
+    }
+}
+
+/* The tile's job: weights of outputs [column, column + tile). */
+static qz_matmul_job job_of_tile(const chunk *c, ptrdiff_t column) {
+    qz_matmul_job job = c->base;
+    ptrdiff_t count = c->n - column < c->tile ? c->n - column : c->tile;
+    job.rows = c->args->transpose ? count : c->k;
+    job.columns = c->args->transpose ? c->k : count;
+    if (c->args->transpose) {
+        job.w += column * job.w_row_stride;
+        job.scales.scales += column * job.scales.scale_row_stride;
+        job.scales.biases += column * job.scales.bias_row_stride;
+    } else {
+        job.w += column * qz_formats[c->args->format].bits / 8;
+        job.scales.scales += column / c->group_size * job.scales.scale_group_stride;
+        job.scales.biases += column / c->group_size * job.scales.bias_group_stride;
+    }
+    return job;
+}
+
+static void store_tile(const chunk *c, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t column) {
+    const qz_array *y = &c->args->y;
+    ptrdiff_t pitch = c->args->transpose ? QZ_TILE_ROWS : QZ_MAX_GROUP, stride = qz_last_stride(y);
+    ptrdiff_t count = c->args->transpose ? job->rows : job->columns;
+    for (ptrdiff_t m = 0; m < job->m; m++) {
+        if (c->not_finite[first + m]) continue;
+        char *to = qz_element(y, y->ndim - 1, c->first + first + m) + column * stride;
+        c->plan->kernels->store(to, stride, y->type, job->y + m * pitch, count);
+    }
+}
+
+static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    const chunk *c = context;
+    _Alignas(64) float y[MAX_ROWS_T * QZ_TILE_ROWS > MAX_ROWS_N * QZ_MAX_GROUP ? MAX_ROWS_T * QZ_TILE_ROWS
+                                                                               : MAX_ROWS_N * QZ_MAX_GROUP];
+    for (ptrdiff_t piece = begin; piece < end; piece++) {
+        ptrdiff_t column = piece / c->parts * c->tile, part = piece % c->parts;
+        ptrdiff_t first = c->m * part / c->parts, last = c->m * (part + 1) / c->parts;
+        qz_matmul_job job = job_of_tile(c, column);
+        job.x = c->x + (size_t)first * c->x_stride + (c->args->transpose ? 0 : c->staged);
+        job.x_stride = (ptrdiff_t)c->x_stride;
+        job.m = last - first;
+        job.y = y;
+        if (c->args->transpose) {
+            c->kernels->matmul_t[c->args->digits - 1](&job);
+        } else {
+            c->kernels->matmul_n[c->args->digits - 1](&job);
+        }
+        store_tile(c, &job, first, column);
+    }
+}
+
+static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
+    ptrdiff_t threads = run->threads ? run->threads : qz_get_num_threads();
+    c->tile = c->args->transpose ? QZ_TILE_ROWS : c->group_size;
+    c->tiles = (c->n + c->tile - 1) / c->tile;
+    c->parts = (4 * threads + c->tiles - 1) / c->tiles;
+    if (c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;
+    if (threads == 1 || c->parts < 1) c->parts = 1;
+    double work = (double)c->tile * (double)c->k * (double)c->m / (double)c->parts;
+    *grain = work < (double)worthwhile ? (ptrdiff_t)((double)worthwhile / (work + 1)) + 1 : 1;
+}
+
+/* Rows with NaN or Inf, one after the other, by the scalar definition. `record` has room for one prepared row. */
+static qz_status multiply_not_finite(const chunk *c, char *record, const qz_run *run) {
+    const qz_kernels *definition = qz_definition();
+    qz_plan plan = {c->plan->device, definition};
+    for (ptrdiff_t m = 0; m < c->m; m++) {
+        if (!c->not_finite[m]) continue;
+        char finite = 0;
+        ptrdiff_t grain;
+        chunk one = *c;
+        one.plan = &plan;
+        one.kernels = definition->format(c->args->format, c->args->group_slot);
+        one.first = c->first + m;
+        one.m = 1;
+        one.not_finite = &finite;
+        one.kernels->prepare_x[c->args->digits - 1](record, row_as_f32(c, m), c->k);
+        one.x = record;
+        share_out(&one, run, &grain);
+        qz_status status = qz_parallel(multiply_tiles, &one, one.tiles * one.parts, grain, run);
+        if (status != QZ_OK) return status;
+    }
+    return QZ_OK;
+}
+
+static qz_status multiply_chunk(chunk *c, char *record, const qz_run *run) {
+    ptrdiff_t grain = 16384 / (c->k + 1) + 1;
+    memset(c->not_finite, 0, (size_t)c->m);
+    qz_status status = QZ_OK;
+    if (c->args->transpose || !c->in_place) status = qz_parallel(prepare_rows, c, c->m, grain, run);
+    if (status != QZ_OK) return status;
+    share_out(c, run, &grain);
+    status = qz_parallel(multiply_tiles, c, c->tiles * c->parts, grain, run);
+    return status == QZ_OK ? multiply_not_finite(c, record, run) : status;
+}
+
+/* ---- the matrices of a call ----------------------------------------------------------------------------------------
+ */
+
+static int batch_is_shared(const qz_array *array) {
+    for (int i = 0; i < array->ndim - 2; i++) {
+        if (array->shape[i] > 1 && array->strides[i] != 0) return 0;
+    }
+    return 1;
+}
+
+static void point_at_weights(chunk *c, ptrdiff_t matrix, char *copy) {
+    const qz_matmul_args *a = c->args;
+    const int dims = a->w.ndim - 2;
+    const qz_array *w = &a->w;
+    char *data = qz_element(w, dims, matrix);
+    ptrdiff_t rows = w->shape[dims], words = qz_last(w);
+    c->base.w = (const uint8_t *)data;
+    c->base.w_row_stride = w->strides[dims];
+    c->base.group_size = c->group_size;
+    c->base.scales = (qz_scales){
+        qz_element(&a->scales, dims, matrix),
+        qz_element(&a->biases, dims, matrix),
+        a->scales.strides[dims],
+        a->scales.strides[dims + 1],
+        a->biases.strides[dims],
+        a->biases.strides[dims + 1],
+        a->scales.type,
+        a->biases.type,
+    };
+    if (!copy) return;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        for (ptrdiff_t i = 0; i < words; i++) {
+            memcpy(copy + (r * words + i) * 4, data + r * w->strides[dims] + i * w->strides[dims + 1], 4);
+        }
+    }
+    c->base.w = (const uint8_t *)copy;
+    c->base.w_row_stride = words * 4;
+}
+
+/* All scratch of a call, taken before anything is written: the prepared rows, one row for the definition, flags, and a
+ * copy of the words of a matrix whose rows are not contiguous. */
+typedef struct buffers {
+    char *x, *record, *not_finite, *words;
+    ptrdiff_t max_rows;
+} buffers;
+
+static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows) {
+    const qz_matmul_args *a = c->args;
+    const qz_array *w = &a->w;
+    size_t k = (size_t)c->k, digits = (size_t)a->digits - 1;
+    const qz_format_kernels *definition = qz_definition()->format(a->format, a->group_slot);
+    int strided = qz_last(w) > 1 && qz_last_stride(w) != 4;
+    c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4;
+    c->staged = a->transpose ? (c->kernels->prepared_size[digits](c->k) + 63) / 64 * 64 : 0;
+    c->x_stride = c->staged + (c->in_place ? 0 : (k * sizeof(float) + 63) / 64 * 64);
+    b->max_rows = a->transpose ? MAX_ROWS_T : MAX_ROWS_N;
+    if (c->x_stride && (size_t)b->max_rows > prepared_bytes / c->x_stride) {
+        b->max_rows = (ptrdiff_t)(prepared_bytes / c->x_stride);
+    }
+    if (b->max_rows < MIN_ROWS) b->max_rows = MIN_ROWS;
+    if (b->max_rows > rows) b->max_rows = rows;
+    b->x = qz_scratch((size_t)b->max_rows * c->x_stride);
+    b->not_finite = qz_scratch((size_t)b->max_rows);
+    b->record = a->transpose ? qz_scratch(definition->prepared_size[digits](c->k)) : NULL;
+    b->words = strided ? qz_scratch((size_t)w->shape[w->ndim - 2] * (size_t)qz_last(w) * 4) : NULL;
+    return b->x && b->not_finite && (b->record || !a->transpose) && (b->words || !strided);
+}
+
+static qz_status multiply_matrices(chunk *c, const buffers *b, ptrdiff_t matrices, ptrdiff_t rows, const qz_run *run) {
+    qz_status status = QZ_OK;
+    c->x = b->x;
+    c->not_finite = b->not_finite;
+    for (ptrdiff_t matrix = 0; matrix < matrices; matrix++) {
+        point_at_weights(c, matrix, b->words);
+        for (ptrdiff_t first = 0; first < rows && status == QZ_OK; first += b->max_rows) {
+            c->first = matrix * rows + first;
+            c->m = rows - first < b->max_rows ? rows - first : b->max_rows;
+            status = multiply_chunk(c, b->record, run);
+        }
+    }
+    return status;
+}
+
+qz_status qz_cpu_matmul(const qz_plan *plan, const qz_matmul_args *args, const qz_run *run) {
+    const int dims = args->x.ndim - 2;
+    ptrdiff_t batch = qz_count(&args->x, dims), rows = args->x.shape[dims];
+    chunk c = {.plan = plan, .args = args, .n = qz_last(&args->y), .k = qz_last(&args->x)};
+    buffers b = {0};
+    if (batch * rows == 0 || c.n == 0) return QZ_OK;
+    c.kernels = plan->kernels->format(args->format, args->group_slot);
+    c.group_size = qz_formats[args->format].group_sizes[args->group_slot];
+    int shared = batch_is_shared(&args->w) && batch_is_shared(&args->scales) && batch_is_shared(&args->biases);
+    if (shared) {
+        rows *= batch;
+        batch = 1;
+    }
+    qz_status status = take_buffers(&b, &c, rows) ? multiply_matrices(&c, &b, batch, rows, run) : QZ_NO_MEMORY;
+    free(b.x);
+    free(b.not_finite);
+    free(b.record);
+    free(b.words);
+    return status;
+}

@@ -1,0 +1,55 @@
+/* What a device offers: one table of functions per device. The binding reaches every operation through it. */
+#ifndef QZ_DEVICE_H
+#define QZ_DEVICE_H
+
+#include "args.h"
+#include "formats.h"
+
+typedef struct qz_kernels qz_kernels;
+
+/* What compile() resolves: where and by which kernels an operation runs. */
+typedef struct qz_plan {
+    const struct qz_device *device;
+    const qz_kernels *kernels; /* NULL on devices without ISAs */
+} qz_plan;
+
+/* Leading (batch) dimensions agree; the last two are those of the operation. Shapes have been checked. */
+typedef struct qz_quantize_args {
+    qz_array w;                     /* [..., C] floats */
+    qz_array codes, scales, biases; /* [..., words], [..., groups] twice */
+    int format, group_slot;
+    qz_profile profile;
+} qz_quantize_args;
+
+typedef struct qz_dequantize_args {
+    qz_array codes, scales, biases, w;
+    int format, group_slot;
+    qz_profile profile;
+    qz_type product_type; /* what profile "cpu" computes in: the promotion of the scales' and biases' types */
+} qz_dequantize_args;
+
+typedef struct qz_matmul_args {
+    qz_array x, w, scales, biases, y; /* batch dimensions already broadcast: equal shapes, some strides 0 */
+    int format, group_slot;
+    int transpose; /* y = x Wᵀ, W [N, K]; else y = x W, W [K, N] */
+    int digits;    /* 1, 2 or 3: how many digits of x count (kernels/fixed_point.h) */
+} qz_matmul_args;
+
+typedef struct qz_fake_quantize_args {
+    qz_array x, y; /* equal shapes; y is float32; y may be x */
+    int bits;
+} qz_fake_quantize_args;
+
+typedef struct qz_device {
+    const char *name;
+    /* NULL if the device can be used, else why not. */
+    const char *(*unavailable)(void);
+    qz_status (*quantize)(const qz_plan *, const qz_quantize_args *, const qz_run *);
+    qz_status (*dequantize)(const qz_plan *, const qz_dequantize_args *, const qz_run *);
+    qz_status (*matmul)(const qz_plan *, const qz_matmul_args *, const qz_run *);
+    qz_status (*fake_quantize)(const qz_plan *, const qz_fake_quantize_args *, const qz_run *);
+} qz_device;
+
+extern const qz_device qz_cpu_device, qz_metal_device;
+
+#endif

@@ -1,0 +1,31 @@
+/* csrc/formats.def as C: one enumerator and one row of facts per format. */
+#ifndef QZ_FORMATS_H
+#define QZ_FORMATS_H
+
+#include <stddef.h>
+
+enum { QZ_GROUP_SLOTS = 3 };
+
+typedef enum qz_profile { QZ_PROFILE_METAL, QZ_PROFILE_CPU, QZ_PROFILES } qz_profile;
+
+enum qz_format_index {
+#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias) QZ_FORMAT_##name,
+#include "formats.def"
+#undef QZ_FORMAT
+    QZ_FORMATS
+};
+
+typedef struct qz_format {
+    const char *name, *mode, *element;
+    int bits;
+    int group_sizes[QZ_GROUP_SLOTS];
+    const char *scale;
+    int bias;
+} qz_format;
+
+extern const qz_format qz_formats[QZ_FORMATS];
+
+/* The row of a mode that has this width and group size; -1 if there is none. *slot is the group size's place in it. */
+int qz_find_format(const char *mode, ptrdiff_t bits, ptrdiff_t group_size, int *slot);
+
+#endif

@@ -1,0 +1,14 @@
+#include "../arch.h"
+#if QZ_X86_64
+#include <float.h>
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+QZ_TARGET_BEGIN("avx2,fma,f16c")
+#define QZ_ISA_NAME avx2
+#include "../simd/avx2.h"
+
+#include "../kernels/vector.h"
+QZ_TARGET_END
+#endif

@@ -1,0 +1,18 @@
+/* Portable C, on any CPU; its matmul is the definition itself. */
+#define QZ_ISA_NAME generic
+#include "../simd/generic.h"
+
+#include "../kernels/begin.h"
+
+#include "../kernels/convert.h"
+#include "../kernels/fake_quantize.h"
+#include "../kernels/fixed_point.h"
+#include "../kernels/matmul_definition.h"
+#include "../kernels/quantize.h"
+
+#define QZ_MATMUL_NOTE "the definition in scalar C"
+#define QZ_PREPARED_SIZE(k, block, digits) definition_size(k, block)
+#define QZ_PREPARE definition_prepare
+#define QZ_MATMUL_T definition_matmul_t
+#define QZ_MATMUL_N definition_matmul_n
+#include "../kernels/table.h"

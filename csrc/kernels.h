@@ -1,0 +1,71 @@
+/* The table of inner kernels that every ISA offers, and what those kernels are called with.
+ *
+ * Kernels return void, allocate nothing and trust their sizes: csrc/python/ has checked them. Rows and groups are
+ * contiguous here; strides and stored types are dealt with by load and store. */
+#ifndef QZ_KERNELS_H
+#define QZ_KERNELS_H
+
+#include "args.h"
+#include "formats.h"
+
+/* 8 * QZ_TILE_ROWS outputs are summed side by side, since each is a chain of dependent additions. */
+enum { QZ_TILE_ROWS = 8, QZ_PANEL_BLOCKS = 32, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
+
+/* How a tensor's stored scales and biases reach a kernel: element (row, group) stands at
+ * data + row * row_stride + group * group_stride. */
+typedef struct qz_scales {
+    const char *scales, *biases;
+    ptrdiff_t scale_row_stride, scale_group_stride, bias_row_stride, bias_group_stride;
+    qz_type scale_type, bias_type;
+} qz_scales;
+
+/* Some rows of packed weights times M rows of x. */
+typedef struct qz_matmul_job {
+    const uint8_t *w; /* first packed row */
+    ptrdiff_t w_row_stride;
+    qz_scales scales; /* of the first packed row */
+    ptrdiff_t group_size;
+    ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_TILE_ROWS; _n: k, all of them */
+    ptrdiff_t columns;  /* _t: k, all of them; _n: outputs of this tile, at most QZ_MAX_GROUP, one group */
+    const char *x;      /* M rows: _t, as prepare_x left them; _n, float32 */
+    ptrdiff_t x_stride; /* bytes from row to row */
+    ptrdiff_t m;
+    float *y; /* [m][QZ_TILE_ROWS] for _t, [m][QZ_MAX_GROUP] for _n: set, not added to */
+} qz_matmul_job;
+
+typedef struct qz_quantize_job {
+    const float *w; /* groups * group_size values */
+    ptrdiff_t groups, group_size;
+    uint8_t *packed;
+    float *scales, *biases; /* one a group, unrounded */
+} qz_quantize_job;
+
+typedef struct qz_dequantize_job {
+    const uint8_t *packed;
+    ptrdiff_t groups, group_size;
+    const float *scales, *biases;
+    qz_type round_products_to; /* profile "cpu": the type in which MLX's CPU multiplies and adds; else QZ_F32 */
+    float *w;
+} qz_dequantize_job;
+
+typedef struct qz_format_kernels {
+    void (*quantize[QZ_PROFILES])(const qz_quantize_job *);
+    void (*dequantize)(const qz_dequantize_job *);
+    /* x in the form that matmul_t reads: bytes for one row, and the conversion, which returns 0 if an element of the
+       row is not finite. Index: digits - 1. */
+    size_t (*prepared_size[QZ_MAX_DIGITS])(ptrdiff_t k);
+    int (*prepare_x[QZ_MAX_DIGITS])(char *prepared, const float *x, ptrdiff_t k);
+    void (*matmul_t[QZ_MAX_DIGITS])(const qz_matmul_job *);
+    void (*matmul_n[QZ_MAX_DIGITS])(const qz_matmul_job *);
+} qz_format_kernels;
+
+typedef struct qz_kernels {
+    const char *name;        /* of the ISA */
+    const char *matmul_note; /* how the exact class is computed, for the repr of a compiled kernel */
+    void (*load)(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count);
+    void (*store)(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count);
+    void (*fake_quantize)(float *y, const float *x, ptrdiff_t count, int bits, int stream);
+    const qz_format_kernels *(*format)(int format, int group_slot);
+} qz_kernels;
+
+#endif

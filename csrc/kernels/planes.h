@@ -1,0 +1,108 @@
+/* x as digit planes, the form in which the vector kernels of the exact class read it.
+ *
+ * A prepared row holds, for k padded to whole vectors of sums: the digits of all blocks, for every QZ_VECTOR_BYTES
+ * consecutive k one vector per digit, lowest first; then five numbers per block (see below). Padding blocks are zero
+ * throughout, so that their terms are +0: adding +0 changes no sum, since a sum that starts at +0 is never -0. */
+
+#define QZ_VECTOR_BYTES (4 * QZ_LANES)
+
+typedef struct planes {
+    int8_t *digits;
+    float *scale;         /* 2^e */
+    float *sum;           /* S = sum of v, as float */
+    int32_t *offset;      /* by what the dot of the stored codes exceeds that of the centred ones: (c - zero) * S */
+    int32_t *offset_high; /* wide formats: the share of the top digits in it, and offset holds the rest */
+} planes;
+
+QZ_INLINE ptrdiff_t padded_blocks(ptrdiff_t k, int block) { return (k / block + QZ_LANES - 1) / QZ_LANES * QZ_LANES; }
+
+QZ_INLINE size_t planes_size(ptrdiff_t k, int block, int digits) {
+    size_t blocks = (size_t)padded_blocks(k, block);
+    return (blocks * (size_t)(block * digits) + blocks * 20 + 63) / 64 * 64;
+}
+
+QZ_INLINE planes planes_at(const char *prepared, ptrdiff_t k, int block, int digits) {
+    ptrdiff_t blocks = padded_blocks(k, block);
+    planes p;
+    p.digits = (int8_t *)prepared;
+    p.scale = (float *)(prepared + blocks * block * digits);
+    p.sum = p.scale + blocks;
+    p.offset = (int32_t *)(p.sum + blocks);
+    p.offset_high = p.offset + blocks;
+    return p;
+}
+
+/* v from x, both of `count` elements, a multiple of QZ_LANES. Returns whether all of x is finite. */
+QZ_INLINE int fixed_point(int32_t *v, const float *x, int count, int p, float *scale) {
+    v_i32 most = set1_i32(0);
+    int32_t mosts[QZ_LANES];
+    for (int i = 0; i < count; i += QZ_LANES) {
+        most = max_i32(most, and_i32(bits_of_f32(load_f32(x + i)), set1_i32(0x7fffffff)));
+    }
+    store_i32(mosts, most);
+    for (int i = 1; i < QZ_LANES; i++) mosts[0] = mosts[i] > mosts[0] ? mosts[i] : mosts[0];
+    int exponent = fixed_point_exponent((uint32_t)mosts[0], p);
+    if (!is_finite_magnitude((uint32_t)mosts[0])) return 0;
+    *scale = power_of_two(exponent);
+    v_f32 inverse = set1_f32(power_of_two(-exponent));
+    for (int i = 0; i < count; i += QZ_LANES) {
+        store_i32(v + i, i32_from_f32_nearest(mul_f32(load_f32(x + i), inverse)));
+    }
+    return 1;
+}
+
+/* Digit d of v is byte d of (v + 0x808080) ^ 0x808080: adding 128 at every place turns the balanced digits into plain
+ * bytes, and the exclusive or takes the 128 away again. The address of digit 0 of element k is at; that of digit d is
+ * d * step further. Returns sum(v) and leaves the sum of the top digits, v + 0x8080 >> 16, in *high. */
+QZ_INLINE int32_t store_digits(int8_t *at, ptrdiff_t step, const int32_t *v, int count, int digits, int32_t *high) {
+    const v_i32 bias = set1_i32(0x808080 & ((1 << 8 * digits) - 1));
+    v_i32 sum = set1_i32(0), highs = set1_i32(0);
+    int32_t sums[QZ_LANES], tops[QZ_LANES];
+    for (int i = 0; i < count; i += QZ_LANES) {
+        v_i32 element = load_i32(v + i), biased = add_i32(element, bias);
+        uint8_t *to = (uint8_t *)at + i;
+        sum = add_i32(sum, element);
+        if (digits == 3) highs = add_i32(highs, sub_i32(shr_u32(biased, 16), set1_i32(128)));
+        biased = xor_i32(biased, bias);
+        store_low_u8(to, biased);
+        if (digits > 1) store_low_u8(to + step, shr_u32(biased, 8));
+        if (digits > 2) store_low_u8(to + 2 * step, shr_u32(biased, 16));
+    }
+    store_i32(sums, sum);
+    store_i32(tops, highs);
+    for (int i = 1; i < QZ_LANES; i++) {
+        sums[0] += sums[i];
+        tops[0] += tops[i];
+    }
+    *high = tops[0];
+    return sums[0];
+}
+
+/* Multiplication in uint32: c * S may pass 2^31, and only the remainder modulo 2^32 counts. */
+QZ_INLINE void set_offsets(int32_t *offset, int32_t *offset_high, int32_t sum, int32_t high, int bits, int wide) {
+    uint32_t centre = (uint32_t)(QZ_CENTRE(bits) - QZ_DOT_ZERO(bits));
+    uint32_t top = wide ? (uint32_t)high : 0;
+    *offset = (int32_t)(centre * ((uint32_t)sum - 65536u * top));
+    *offset_high = (int32_t)(centre * top);
+}
+
+QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
+    const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
+    planes to = planes_at(prepared, k, block, digits);
+    memset(prepared, 0, planes_size(k, block, digits));
+    for (ptrdiff_t b = 0; b * block < k; b++) {
+        int32_t v[QZ_MAX_BLOCK], high;
+        if (!fixed_point(v, x + b * block, block, p, &to.scale[b])) return 0;
+        int32_t sum = 0, high_sum = 0;
+        const int run = block < QZ_VECTOR_BYTES ? block : QZ_VECTOR_BYTES;
+        for (int i = 0; i < block; i += run) {
+            ptrdiff_t at = b * block + i, vector = at / QZ_VECTOR_BYTES, place = at % QZ_VECTOR_BYTES;
+            int8_t *digit = to.digits + vector * digits * QZ_VECTOR_BYTES + place;
+            sum += store_digits(digit, QZ_VECTOR_BYTES, v + i, run, digits, &high);
+            high_sum += high;
+        }
+        to.sum[b] = (float)sum;
+        set_offsets(&to.offset[b], &to.offset_high[b], sum, high_sum, bits, wide);
+    }
+    return 1;
+}

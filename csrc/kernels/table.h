@@ -1,0 +1,76 @@
+/* Closes a unit of csrc/isa/: one set of kernels per row of formats.def and group size, and the table of them all. An
+ * empty group slot is built as if it were a group of 64, and never handed out. */
+
+#define QZ_SLOT_BLOCK(group_size) QZ_BLOCK((group_size) ? (group_size) : QZ_MAX_BLOCK)
+
+/* Group sizes with the same block share one kernel: the slot hands on to the one before it. */
+#define QZ_DEFINE_DIGITS(name, slot, before, bits, block, block_before, digits)                             \
+    static size_t QZ_NAME(prepared_size_##name##_##slot##_##digits)(ptrdiff_t k) {                          \
+        return QZ_PREPARED_SIZE(k, block, digits);                                                          \
+    }                                                                                                       \
+    static int QZ_NAME(prepare_x_##name##_##slot##_##digits)(char *prepared, const float *x, ptrdiff_t k) { \
+        if (slot > 0 && (block) == (block_before)) {                                                        \
+            return QZ_NAME(prepare_x_##name##_##before##_##digits)(prepared, x, k);                         \
+        }                                                                                                   \
+        return QZ_PREPARE(prepared, x, k, bits, block, digits);                                             \
+    }                                                                                                       \
+    static void QZ_NAME(matmul_t_##name##_##slot##_##digits)(const qz_matmul_job *job) {                    \
+        if (slot > 0 && (block) == (block_before)) {                                                        \
+            QZ_NAME(matmul_t_##name##_##before##_##digits)(job);                                            \
+        } else {                                                                                            \
+            QZ_MATMUL_T(job, bits, block, digits);                                                          \
+        }                                                                                                   \
+    }
+
+#define QZ_DEFINE_SLOT(name, slot, before, bits, group_size, size_before)                                \
+    QZ_DEFINE_DIGITS(name, slot, before, bits, QZ_SLOT_BLOCK(group_size), QZ_SLOT_BLOCK(size_before), 1) \
+    QZ_DEFINE_DIGITS(name, slot, before, bits, QZ_SLOT_BLOCK(group_size), QZ_SLOT_BLOCK(size_before), 2) \
+    QZ_DEFINE_DIGITS(name, slot, before, bits, QZ_SLOT_BLOCK(group_size), QZ_SLOT_BLOCK(size_before), 3)
+
+#define QZ_DEFINE_MATMUL_N(name, bits, digits) \
+    static void QZ_NAME(matmul_n_##name##_##digits)(const qz_matmul_job *job) { QZ_MATMUL_N(job, bits, digits); }
+
+#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias)                            \
+    static void QZ_NAME(quantize_metal_##name)(const qz_quantize_job *job) {                               \
+        quantize_##mode(job, bits, QZ_PROFILE_METAL);                                                      \
+    }                                                                                                      \
+    static void QZ_NAME(quantize_cpu_##name)(const qz_quantize_job *job) {                                 \
+        quantize_##mode(job, bits, QZ_PROFILE_CPU);                                                        \
+    }                                                                                                      \
+    static void QZ_NAME(dequantize_##name)(const qz_dequantize_job *job) { dequantize_##mode(job, bits); } \
+    QZ_DEFINE_MATMUL_N(name, bits, 1)                                                                      \
+    QZ_DEFINE_MATMUL_N(name, bits, 2)                                                                      \
+    QZ_DEFINE_MATMUL_N(name, bits, 3)                                                                      \
+    QZ_DEFINE_SLOT(name, 0, 0, bits, first, first)                                                         \
+    QZ_DEFINE_SLOT(name, 1, 0, bits, second, first)                                                        \
+    QZ_DEFINE_SLOT(name, 2, 1, bits, third, second)
+#include "../formats.def"
+#undef QZ_FORMAT
+
+#define QZ_BY_DIGITS(kernel) {QZ_NAME(kernel##_1), QZ_NAME(kernel##_2), QZ_NAME(kernel##_3)}
+#define QZ_SLOT(name, slot)                                                                                  \
+    {{[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}, \
+     QZ_NAME(dequantize_##name),                                                                             \
+     QZ_BY_DIGITS(prepared_size_##name##_##slot),                                                            \
+     QZ_BY_DIGITS(prepare_x_##name##_##slot),                                                                \
+     QZ_BY_DIGITS(matmul_t_##name##_##slot),                                                                 \
+     QZ_BY_DIGITS(matmul_n_##name)}
+#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias) \
+    {QZ_SLOT(name, 0), QZ_SLOT(name, 1), QZ_SLOT(name, 2)},
+static const qz_format_kernels QZ_NAME(format_kernels)[QZ_FORMATS][QZ_GROUP_SLOTS] = {
+#include "../formats.def"
+};
+#undef QZ_FORMAT
+
+static const qz_format_kernels *QZ_NAME(format)(int format, int group_slot) {
+    return &QZ_NAME(format_kernels)[format][group_slot];
+}
+
+const qz_kernels QZ_NAME(qz_kernels) = {
+    .name = QZ_TEXT(QZ_ISA_NAME),
+    .matmul_note = QZ_MATMUL_NOTE,
+    .load = QZ_NAME(load),
+    .store = QZ_NAME(store),
+    .fake_quantize = QZ_NAME(fake_quantize),
+    .format = QZ_NAME(format),
+};

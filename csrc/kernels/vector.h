@@ -1,0 +1,17 @@
+/* All kernels of an ISA with vectors: what its unit of csrc/isa/ includes inside its target region. */
+#include "begin.h"
+
+#include "convert.h"
+#include "fake_quantize.h"
+#include "fixed_point.h"
+#include "planes.h"
+
+#include "matmul.h"
+#include "quantize.h"
+
+#define QZ_MATMUL_NOTE "digit planes, " QZ_DOT_NAME
+#define QZ_PREPARED_SIZE planes_size
+#define QZ_PREPARE prepare_planes
+#define QZ_MATMUL_T matmul_t
+#define QZ_MATMUL_N matmul_n
+#include "table.h"

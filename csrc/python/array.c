@@ -1,0 +1,259 @@
+/* Array arguments: the buffer protocol first, then ml_dtypes arrays by an integer view, then DLPack, then lists. */
+#include <string.h>
+
+#include "binding.h"
+
+void qz_release(view *v) {
+    if (v->has_buffer) PyBuffer_Release(&v->buffer);
+    Py_CLEAR(v->owner);
+    v->has_buffer = v->present = 0;
+}
+
+/* "name has dtype X, must be what" */
+static int raise_dtype(const call *c, const char *name, PyObject *object, const char *what) {
+    PyObject *dtype = PyObject_GetAttrString(object, "dtype"), *text;
+    if (!dtype) PyErr_Clear();
+    text = dtype ? PyObject_Str(dtype) : PyType_GetName(Py_TYPE(object));
+    if (text)
+        qz_raise(PyExc_TypeError, c->op, dtype ? "%s has dtype %U, must be %s" : "%s is a %U, must be %s", name, text,
+                 what);
+    Py_XDECREF(dtype);
+    Py_XDECREF(text);
+    return -1;
+}
+
+static const char float_kinds[] = "float32, float16, bfloat16 or float64";
+static const char code_kinds[] = "uint32 (or int32 with the same bits)";
+
+/* The element type of a buffer: 1 with *type set, 0 if it is none that we know. */
+static int buffer_type(const Py_buffer *buffer, int raw_bfloat16, qz_type *type) {
+    const char *format = buffer->format ? buffer->format : "B";
+    if (strcmp(format, "bfloat16") == 0 && buffer->itemsize == 2) { /* as MLX arrays name it */
+        *type = QZ_BF16;
+        return 1;
+    }
+    if (*format == '@' || *format == '=' || *format == '<' || *format == '^') format++;
+    if (*format == '\0' || format[1] != '\0') return 0;
+    switch (*format) {
+    case 'f': *type = QZ_F32; return 1;
+    case 'e': *type = QZ_F16; return 1;
+    case 'd': *type = QZ_F64; return 1;
+    case 'H': *type = QZ_BF16; return raw_bfloat16;
+    case 'i':
+    case 'I':
+    case 'l':
+    case 'L': *type = QZ_U32; return buffer->itemsize == 4;
+    default: return 0;
+    }
+}
+
+static int fill_from_buffer(view *v, const call *c, const char *name) {
+    const Py_buffer *b = &v->buffer;
+    qz_array *a = &v->array;
+    if (b->ndim > QZ_MAX_DIMS) {
+        return qz_raise(PyExc_ValueError, c->op, "%s has %d dimensions, at most %d are supported", name, b->ndim,
+                        QZ_MAX_DIMS);
+    }
+    a->data = b->buf;
+    a->ndim = b->ndim;
+    for (int i = 0; i < b->ndim; i++) {
+        a->shape[i] = b->shape[i];
+        a->strides[i] = b->strides[i];
+    }
+    return 0;
+}
+
+/* Notices ml_dtypes once it has been imported by somebody; we never import it. 0 or -1. */
+static int find_ml_bfloat16(module_state *state) {
+    if (state->ml_bfloat16) return 0;
+    PyObject *modules = PySys_GetObject("modules");
+    PyObject *module = modules ? PyDict_GetItemString(modules, "ml_dtypes") : NULL;
+    if (!module) return 0;
+    PyObject *scalar = PyObject_GetAttrString(module, "bfloat16"), *numpy = NULL;
+    if (scalar) numpy = PyImport_ImportModule("numpy");
+    if (numpy) state->ml_bfloat16 = PyObject_CallMethod(numpy, "dtype", "O", scalar);
+    Py_XDECREF(scalar);
+    Py_XDECREF(numpy);
+    return state->ml_bfloat16 ? 0 : -1;
+}
+
+/* 1 if the object is an ml_dtypes bfloat16 array, 0 if not, -1 on error. */
+static int is_ml_bfloat16(const call *c, PyObject *object) {
+    if (find_ml_bfloat16(c->state) < 0) return -1;
+    if (!c->state->ml_bfloat16) return 0;
+    PyObject *dtype = PyObject_GetAttrString(object, "dtype");
+    if (!dtype) {
+        PyErr_Clear();
+        return 0;
+    }
+    int same = PyObject_RichCompareBool(dtype, c->state->ml_bfloat16, Py_EQ);
+    Py_DECREF(dtype);
+    if (same < 0) PyErr_Clear(); /* some libraries' dtypes refuse the comparison */
+    return same > 0;
+}
+
+static int take_buffer(view *v, PyObject *object, int writable) {
+    if (PyObject_GetBuffer(object, &v->buffer, writable ? PyBUF_RECORDS : PyBUF_RECORDS_RO) < 0) return -1;
+    v->has_buffer = v->present = 1;
+    return 0;
+}
+
+/* The buffer, or integer view, or DLPack tensor of an object. 1: taken; 0: it offers none; -1: error. */
+static int take_memory(view *v, const call *c, const char *name, PyObject *object, int writable, const char *what) {
+    if (PyObject_CheckBuffer(object)) {
+        if (take_buffer(v, object, writable) == 0) {
+            if (!buffer_type(&v->buffer, c->raw_bfloat16, &v->array.type)) return raise_dtype(c, name, object, what);
+            return fill_from_buffer(v, c, name) < 0 ? -1 : 1;
+        }
+        PyErr_Clear();
+    }
+    int ml = is_ml_bfloat16(c, object);
+    if (ml < 0) return -1;
+    if (ml) {
+        PyObject *integers = PyObject_CallMethod(object, "view", "O", c->state->u16);
+        int taken = integers ? take_buffer(v, integers, writable) : -1;
+        Py_XDECREF(integers); /* the buffer keeps it alive */
+        if (taken < 0) return -1;
+        v->array.type = QZ_BF16;
+        v->is_ml_dtype = 1;
+        return fill_from_buffer(v, c, name) < 0 ? -1 : 1;
+    }
+    if (PyObject_HasAttrString(object, "dtype") && PyObject_CheckBuffer(object))
+        return raise_dtype(c, name, object, what);
+    return qz_take_dlpack(v, c, name, object, writable);
+}
+
+int qz_take_floats(view *v, const call *c, const char *name, PyObject *object) {
+    int taken = take_memory(v, c, name, object, 0, float_kinds);
+    if (taken < 0) return -1;
+    if (taken == 0) { /* a list or a number */
+        if (object == Py_None || PyUnicode_Check(object) || PyDict_Check(object))
+            return raise_dtype(c, name, object, "an array");
+        PyObject *array = PyObject_CallFunctionObjArgs(c->state->asarray, object, c->state->f64, NULL);
+        if (!array) {
+            PyErr_Clear();
+            return raise_dtype(c, name, object, "an array, or a list of numbers");
+        }
+        taken = take_buffer(v, array, 0);
+        Py_DECREF(array);
+        v->array.type = QZ_F64;
+        return taken < 0 ? -1 : fill_from_buffer(v, c, name);
+    }
+    if (v->array.type == QZ_U32) return raise_dtype(c, name, object, float_kinds);
+    return 0;
+}
+
+int qz_take_codes(view *v, const call *c, const char *name, PyObject *object) {
+    int taken = take_memory(v, c, name, object, 0, code_kinds);
+    if (taken < 0) return -1;
+    if (taken == 0 || v->array.type != QZ_U32) return raise_dtype(c, name, object, code_kinds);
+    return 0;
+}
+
+static PyObject *new_array(const call *c, qz_type type, int ndim, const ptrdiff_t *shape) {
+    PyObject *dtypes[] = {[QZ_F32] = c->state->f32,
+                          [QZ_F16] = c->state->f16,
+                          [QZ_BF16] = c->state->u16,
+                          [QZ_F64] = c->state->f64,
+                          [QZ_U32] = c->state->u32};
+    PyObject *sizes = PyTuple_New(ndim), *array = NULL;
+    for (int i = 0; sizes && i < ndim; i++) {
+        PyObject *size = PyLong_FromSsize_t(shape[i]);
+        if (!size || PyTuple_SetItem(sizes, i, size) < 0) Py_CLEAR(sizes);
+    }
+    if (sizes) array = PyObject_CallFunctionObjArgs(c->state->empty, sizes, dtypes[type], NULL);
+    Py_XDECREF(sizes);
+    return array;
+}
+
+static int same_shape(const qz_array *a, int ndim, const ptrdiff_t *shape) {
+    if (a->ndim != ndim) return 0;
+    for (int i = 0; i < ndim; i++) {
+        if (a->shape[i] != shape[i]) return 0;
+    }
+    return 1;
+}
+
+/* Every element must have a place of its own. */
+static int has_zero_stride(const qz_array *a) {
+    for (int i = 0; i < a->ndim; i++) {
+        if (a->shape[i] > 1 && a->strides[i] == 0) return 1;
+    }
+    return 0;
+}
+
+static int check_result(const view *v, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
+                        const ptrdiff_t *shape) {
+    if (v->array.type != type) return raise_dtype(c, name, out, qz_type_name(type));
+    if (!same_shape(&v->array, ndim, shape)) {
+        PyObject *want = qz_shape_text(shape, ndim), *got = qz_shape_text(v->array.shape, v->array.ndim);
+        if (want && got) qz_raise(PyExc_ValueError, c->op, "%s must have shape %U, got %U", name, want, got);
+        Py_XDECREF(want);
+        Py_XDECREF(got);
+        return -1;
+    }
+    if (has_zero_stride(&v->array)) {
+        return qz_raise(PyExc_ValueError, c->op, "%s has a stride of 0: its elements share memory", name);
+    }
+    return 0;
+}
+
+int qz_take_result(view *v, PyObject **result, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
+                   const ptrdiff_t *shape) {
+    if (qz_checked_count(c, shape, ndim) < 0) return -1;
+    if (out == Py_None) {
+        *result = new_array(c, type, ndim, shape);
+        if (!*result || take_buffer(v, *result, 1) < 0) return -1;
+        v->array.type = type;
+        return fill_from_buffer(v, c, name);
+    }
+    call raw = *c; /* a bfloat16 result may be given as uint16 */
+    view read_only = {0};
+    raw.raw_bfloat16 = type == QZ_BF16;
+    int taken = take_memory(v, &raw, name, out, 1, qz_type_name(type));
+    if (taken == 0) {
+        PyErr_Clear();
+        taken = take_memory(&read_only, &raw, name, out, 0, qz_type_name(type));
+        qz_release(&read_only);
+        if (taken > 0) return qz_raise(PyExc_ValueError, c->op, "%s is read-only", name);
+        return taken < 0 ? -1 : raise_dtype(c, name, out, "an array");
+    }
+    if (taken < 0 || check_result(v, c, name, out, type, ndim, shape) < 0) return -1;
+    Py_INCREF(out);
+    *result = out;
+    return 0;
+}
+
+PyObject *qz_finish_result(const call *c, PyObject *result, qz_type type, int as_ml_dtype, PyObject *out) {
+    if (type != QZ_BF16 || !as_ml_dtype || out != Py_None) return result;
+    if (find_ml_bfloat16(c->state) < 0 || !c->state->ml_bfloat16) {
+        Py_DECREF(result);
+        if (!PyErr_Occurred()) qz_raise(PyExc_ImportError, c->op, "a bfloat16 dtype needs ml_dtypes: import it first");
+        return NULL;
+    }
+    PyObject *as_ml = PyObject_CallMethod(result, "view", "O", c->state->ml_bfloat16);
+    Py_DECREF(result);
+    return as_ml;
+}
+
+/* The addresses [*low, *high) that an array's elements lie in. */
+static void address_range(const qz_array *a, uintptr_t *low, uintptr_t *high) {
+    *low = (uintptr_t)a->data;
+    *high = *low + (uintptr_t)qz_type_size(a->type);
+    for (int i = 0; i < a->ndim; i++) {
+        if (a->shape[i] == 0) {
+            *high = *low;
+            return;
+        }
+        ptrdiff_t reach = (a->shape[i] - 1) * a->strides[i];
+        *(reach < 0 ? low : high) += (uintptr_t)reach;
+    }
+}
+
+int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const char *in_name, const view *in) {
+    uintptr_t out_low, out_high, in_low, in_high;
+    address_range(&out->array, &out_low, &out_high);
+    address_range(&in->array, &in_low, &in_high);
+    if (out_high <= in_low || in_high <= out_low || out_low == out_high || in_low == in_high) return 0;
+    return qz_raise(PyExc_ValueError, c->op, "%s shares memory with %s: give it memory of its own", out_name, in_name);
+}

@@ -1,0 +1,162 @@
+/* The binding: from Python objects to checked views and back. Every error message of the package is made here. */
+#ifndef QZ_PYTHON_BINDING_H
+#define QZ_PYTHON_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include "../device.h"
+
+/* ---- module state
+ * ---------------------------------------------------------------------------------------------------- */
+
+typedef struct module_state {
+    PyTypeObject *plan_type;
+    PyObject *empty, *asarray;             /* numpy's */
+    PyObject *f32, *f16, *u16, *u32, *f64; /* numpy dtypes */
+    PyObject *ml_bfloat16;                 /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
+} module_state;
+
+extern struct PyModuleDef qz_module;
+
+/* ---- compiled kernels (plan.c)
+ * ----------------------------------------------------------------------------------------- */
+
+typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE } op_kind;
+
+typedef struct op_row {
+    const char *name;
+    op_kind kind;
+    const char *mode; /* of formats.def */
+    int transpose;    /* of a matmul */
+    int takes_output_features;
+} op_row;
+
+typedef struct plan_object {
+    PyObject_HEAD qz_plan plan;
+    const op_row *op;
+    int threads; /* 0: the global limit */
+} plan_object;
+
+extern PyType_Spec qz_plan_spec;
+
+/* The first argument of a call as a plan of this kind; NULL with TypeError set if it is none. */
+const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind);
+
+/* Lists for Python: what formats.def, isa.def and the devices say. */
+PyObject *qz_list_formats(PyObject *module, PyObject *unused);
+PyObject *qz_list_isas(PyObject *module, PyObject *unused);
+PyObject *qz_list_ops(PyObject *module, PyObject *unused);
+PyObject *qz_list_devices(PyObject *module, PyObject *unused);
+PyObject *qz_explain_cpu_features(PyObject *module, PyObject *unused);
+
+/* ---- errors (check.c)
+ * ------------------------------------------------------------------------------------------------- */
+
+/* Sets an exception that reads "op: message"; the format is PyUnicode_FromFormat's. Returns -1. */
+int qz_raise(PyObject *type, const char *op, const char *format, ...);
+
+/* A shape as Python writes it, "(2, 3)"; a new reference or NULL. */
+PyObject *qz_shape_text(const ptrdiff_t *shape, int ndim);
+
+/* ---- arrays (array.c, dlpack.c)
+ * ------------------------------------------------------------------------------------------ */
+
+/* An array argument and what keeps its memory alive. Zero-initialise; release with qz_release. */
+typedef struct view {
+    qz_array array;
+    int present;     /* 0: the argument was None, or has been released */
+    int is_ml_dtype; /* bfloat16 as an ml_dtypes array */
+    Py_buffer buffer;
+    int has_buffer;
+    PyObject *owner; /* a capsule of DLPack, or an array made on the way */
+} view;
+
+void qz_release(view *v);
+
+typedef struct call {
+    PyObject *module;
+    module_state *state;
+    const char *op;
+    int raw_bfloat16; /* input_dtype="bfloat16": uint16 arrays hold bfloat16 bits */
+} call;
+
+int qz_open_call(call *c, PyObject *module, const plan_object *plan, PyObject *input_dtype);
+
+/* An array of float16, bfloat16, float32 or float64; lists and numbers become float64. 0 or -1. */
+int qz_take_floats(view *v, const call *c, const char *name, PyObject *object);
+
+/* Packed codes: uint32, or int32 with the same bits. */
+int qz_take_codes(view *v, const call *c, const char *name, PyObject *object);
+
+/* Writable memory for a result: `out` if it is not None, checked, else a new array. *result is a new reference. */
+int qz_take_result(view *v, PyObject **result, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
+                   const ptrdiff_t *shape);
+
+/* A bfloat16 result as the caller gets it: an ml_dtypes array if `as_ml_dtype`, else uint16. Steals the reference. */
+PyObject *qz_finish_result(const call *c, PyObject *result, qz_type type, int as_ml_dtype, PyObject *out);
+
+/* ValueError if memory of the two views may overlap. */
+int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const char *in_name, const view *in);
+
+/* Takes `object` through DLPack. 1: done; 0: it has no __dlpack__; -1: an exception is set. */
+int qz_take_dlpack(view *v, const call *c, const char *name, PyObject *object, int writable);
+
+/* ---- values (check.c)
+ * ------------------------------------------------------------------------------------------------- */
+
+/* An integer (__index__, not bool); None leaves *value alone and *given 0. */
+int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t *value, int *given);
+
+/* One of the words, whose index is returned; -1 with ValueError or TypeError set. */
+int qz_take_word(const call *c, const char *name, PyObject *object, const char *const *words, int count);
+
+/* "float32", "float16", "bfloat16", or a dtype of that name, None for `otherwise`. -1 on error. */
+int qz_take_float_type(const call *c, const char *name, PyObject *object, qz_type otherwise, qz_type *type, int *ml);
+
+/* Finds the row of formats.def, or raises a ValueError that lists what there is. */
+int qz_take_format(const call *c, const char *mode, ptrdiff_t bits, ptrdiff_t group_size, int *slot);
+
+/* How codes are packed, as far as it was given. */
+typedef struct packing {
+    ptrdiff_t group_size, bits;
+    int has_group_size, has_bits;
+} packing;
+
+int qz_take_packing(packing *p, const call *c, PyObject *group_size, PyObject *bits);
+
+/* Completes a packing from the stored shapes: `words` and `groups` are the last axes of codes and scales, `features`
+ * the number of codes in a row, or -1 if only they tell. Returns the row of formats.def, or -1 with ValueError set. */
+int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t words, ptrdiff_t groups, ptrdiff_t features,
+                     int *slot);
+
+/* args[0...2]: packed codes, scales and biases, with their shapes checked against each other. */
+int qz_take_stored(const call *c, PyObject *const *args, view *codes, view *scales, view *biases);
+
+qz_type qz_promote(qz_type a, qz_type b);
+const char *qz_type_name(qz_type type);
+ptrdiff_t qz_type_size(qz_type type);
+
+/* Number of elements; -1 with ValueError set if it does not fit. */
+ptrdiff_t qz_checked_count(const call *c, const ptrdiff_t *shape, int ndim);
+
+/* ---- running (check.c)
+ * -------------------------------------------------------------------------------------------------- */
+
+typedef qz_status (*qz_operation)(const qz_plan *plan, const void *args, const qz_run *run);
+
+/* Runs the operation, without the GIL if `work` (rough nanoseconds) is long enough, and maps its status to an
+ * exception. */
+int qz_run_operation(const plan_object *plan, qz_operation operation, const void *args, double work);
+
+/* The functions of the module. */
+PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
+
+/* TypeError unless a function got just so many arguments. */
+int qz_check_count(const char *function, Py_ssize_t got, Py_ssize_t expected);
+
+#endif

@@ -1,0 +1,60 @@
+#include "binding.h"
+
+static qz_status operation(const qz_plan *plan, const void *args, const qz_run *run) {
+    return plan->device->fake_quantize(plan, args, run);
+}
+
+/* A scalar is a row of one element. */
+static void as_row(qz_array *array) {
+    if (array->ndim > 0) return;
+    array->ndim = 1;
+    array->shape[0] = 1;
+    array->strides[0] = qz_type_size(array->type);
+}
+
+/* Exactly the same elements at the same places. */
+static int is_same_array(const qz_array *a, const qz_array *b) {
+    if (a->data != b->data || a->type != b->type) return 0;
+    for (int i = 0; i < a->ndim; i++) {
+        if (a->shape[i] > 1 && a->strides[i] != b->strides[i]) return 0;
+    }
+    return 1;
+}
+
+static int quantize(const plan_object *plan, const call *c, view *x, view *y, PyObject **result, PyObject *out,
+                    int bits) {
+    if (qz_take_result(y, result, c, "out", out, QZ_F32, x->array.ndim, x->array.shape) < 0) return -1;
+    if (!is_same_array(&x->array, &y->array) && qz_refuse_overlap(c, "out", y, "x", x) < 0) return -1;
+    qz_fake_quantize_args args = {x->array, y->array, bits};
+    as_row(&args.x);
+    as_row(&args.y);
+    ptrdiff_t count = qz_checked_count(c, args.x.shape, args.x.ndim);
+    if (count < 0) return -1;
+    return qz_run_operation(plan, operation, &args, (double)count * 0.25);
+}
+
+/* fake_quantize(plan, x, bits, out, input_dtype) */
+PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    view x = {0}, y = {0};
+    PyObject *result = NULL;
+    ptrdiff_t bits = 0;
+    int given, status = -1;
+    call c;
+    if (qz_check_count("fake_quantize", count, 5) < 0) return NULL;
+    const plan_object *plan = qz_take_plan(module, args[0], OP_FAKE_QUANTIZE);
+    if (!plan || qz_open_call(&c, module, plan, args[4]) < 0) return NULL;
+    if (qz_take_integer(&c, "bits", args[2], &bits, &given) < 0) return NULL;
+    if (!given) {
+        qz_raise(PyExc_TypeError, c.op, "bits must be an integer, got None");
+        return NULL;
+    }
+    if (bits < 1 || bits > 16) {
+        qz_raise(PyExc_ValueError, c.op, "bits must be between 1 and 16, got %zd", bits);
+        return NULL;
+    }
+    if (qz_take_floats(&x, &c, "x", args[1]) == 0) status = quantize(plan, &c, &x, &y, &result, args[3], (int)bits);
+    qz_release(&x);
+    qz_release(&y);
+    if (status < 0) Py_CLEAR(result);
+    return result;
+}

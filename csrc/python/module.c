@@ -1,0 +1,149 @@
+/* The module quantization._C: its functions and its state. */
+#include "../cpu/scratch.h"
+#include "../cpu/threads.h"
+#include "binding.h"
+
+/* A number of threads; -1 with an exception set. */
+static int take_threads(const char *op, PyObject *argument) {
+    call c = {.op = op};
+    ptrdiff_t threads = 0;
+    int given;
+    if (qz_take_integer(&c, "n", argument, &threads, &given) < 0) return -1;
+    if (!given) return qz_raise(PyExc_TypeError, op, "n must be an integer, got None");
+    if (threads < 1 || threads > 1024)
+        return qz_raise(PyExc_ValueError, op, "n must be between 1 and 1024, got %zd", threads);
+    return (int)threads;
+}
+
+static PyObject *py_set_num_threads(PyObject *module, PyObject *argument) {
+    int threads = argument == Py_None ? 0 : take_threads("set_num_threads", argument);
+    (void)module;
+    return threads < 0 ? NULL : PyLong_FromLong(qz_set_num_threads(threads));
+}
+
+static PyObject *py_check_num_threads(PyObject *module, PyObject *argument) {
+    int threads = take_threads("threads", argument);
+    (void)module;
+    return threads < 0 ? NULL : PyLong_FromLong(threads);
+}
+
+static PyObject *py_get_num_threads(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return PyLong_FromLong(qz_get_num_threads());
+}
+
+static PyObject *py_explain_num_threads(PyObject *module, PyObject *unused) {
+    char text[512];
+    (void)module, (void)unused;
+    qz_explain_num_threads(text, sizeof text);
+    return PyUnicode_FromString(text);
+}
+
+static PyObject *py_compiler(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+#ifdef __clang__
+    return PyUnicode_FromString("clang " __clang_version__);
+#else
+    return PyUnicode_FromString("gcc " __VERSION__);
+#endif
+}
+
+static PyObject *py_fail_allocations_after(PyObject *module, PyObject *argument) {
+    long successes = PyLong_AsLong(argument);
+    (void)module;
+    if (successes == -1 && PyErr_Occurred()) return NULL;
+    qz_fail_scratch_after((int)successes);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"quantize", (PyCFunction)(void (*)(void))qz_py_quantize, METH_FASTCALL,
+     "quantize($module, plan, w, group_size, bits, profile, scale_dtype, out, input_dtype, /)\n--\n\nPacks groups."},
+    {"dequantize", (PyCFunction)(void (*)(void))qz_py_dequantize, METH_FASTCALL,
+     "dequantize($module, plan, w, scales, biases, group_size, bits, dtype, profile, out, input_dtype, /)\n--\n\n"
+     "Unpacks groups."},
+    {"matmul", (PyCFunction)(void (*)(void))qz_py_matmul, METH_FASTCALL,
+     "matmul($module, plan, x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, "
+     "input_dtype, /)\n--\n\nMultiplies by packed weights."},
+    {"fake_quantize", (PyCFunction)(void (*)(void))qz_py_fake_quantize, METH_FASTCALL,
+     "fake_quantize($module, plan, x, bits, out, input_dtype, /)\n--\n\nRounds to a grid."},
+    {"formats", qz_list_formats, METH_NOARGS, "formats($module, /)\n--\n\nThe rows of formats.def."},
+    {"isas", qz_list_isas, METH_NOARGS, "isas($module, /)\n--\n\nThe instruction sets, best first."},
+    {"devices", qz_list_devices, METH_NOARGS, "devices($module, /)\n--\n\nThe devices, and why not."},
+    {"ops", qz_list_ops, METH_NOARGS, "ops($module, /)\n--\n\nThe operations that a Plan can be made of."},
+    {"cpu_features", qz_explain_cpu_features, METH_NOARGS, "cpu_features($module, /)\n--\n\nThe CPU's features."},
+    {"compiler", py_compiler, METH_NOARGS, "compiler($module, /)\n--\n\nThe compiler of this build."},
+    {"set_num_threads", py_set_num_threads, METH_O,
+     "set_num_threads($module, n, /)\n--\n\nSets the limit and returns the former one."},
+    {"check_num_threads", py_check_num_threads, METH_O,
+     "check_num_threads($module, n, /)\n--\n\nReturns n as an int, or raises as threads(n) does."},
+    {"get_num_threads", py_get_num_threads, METH_NOARGS, "get_num_threads($module, /)\n--\n\nThe present limit."},
+    {"explain_num_threads", py_explain_num_threads, METH_NOARGS,
+     "explain_num_threads($module, /)\n--\n\nWhere the limit comes from."},
+    {"fail_allocations_after", py_fail_allocations_after, METH_O,
+     "fail_allocations_after($module, n, /)\n--\n\nFor tests: the scratch allocation after the next n fails."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int take_numpy(module_state *state) {
+    const struct {
+        PyObject **to;
+        const char *name;
+    } wanted[] = {{&state->f32, "float32"},
+                  {&state->f16, "float16"},
+                  {&state->u16, "uint16"},
+                  {&state->u32, "uint32"},
+                  {&state->f64, "float64"}};
+    PyObject *numpy = PyImport_ImportModule("numpy");
+    if (!numpy) return -1;
+    state->empty = PyObject_GetAttrString(numpy, "empty");
+    state->asarray = PyObject_GetAttrString(numpy, "asarray");
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        *wanted[i].to = PyObject_CallMethod(numpy, "dtype", "s", wanted[i].name);
+    }
+    Py_DECREF(numpy);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int execute(PyObject *module) {
+    module_state *state = PyModule_GetState(module);
+    state->plan_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &qz_plan_spec, NULL);
+    if (!state->plan_type || PyModule_AddType(module, state->plan_type) < 0) return -1;
+    return take_numpy(state);
+}
+
+static int traverse(PyObject *module, visitproc visit, void *arg) {
+    module_state *state = PyModule_GetState(module);
+    Py_VISIT(state->plan_type);
+    Py_VISIT(state->empty);
+    Py_VISIT(state->asarray);
+    return 0;
+}
+
+static int clear(PyObject *module) {
+    module_state *state = PyModule_GetState(module);
+    PyObject **const owned[] = {&state->empty, &state->asarray, &state->f32, &state->f16,
+                                &state->u16,   &state->u32,     &state->f64, &state->ml_bfloat16};
+    Py_CLEAR(state->plan_type);
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) Py_CLEAR(*owned[i]);
+    return 0;
+}
+
+static void release(void *module) { clear(module); }
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, execute}, {0, NULL}};
+
+struct PyModuleDef qz_module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "quantization._C",
+    .m_doc =
+        "The C core of quantization. Use the functions of the package instead: these are the same with fewer comforts.",
+    .m_size = sizeof(module_state),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = release,
+};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&qz_module); }

@@ -1,0 +1,265 @@
+#include <string.h>
+
+#include "binding.h"
+
+static const char *const profiles[] = {[QZ_PROFILE_METAL] = "metal", [QZ_PROFILE_CPU] = "cpu"};
+
+static qz_status quantize_operation(const qz_plan *plan, const void *args, const qz_run *run) {
+    return plan->device->quantize(plan, args, run);
+}
+
+static qz_status dequantize_operation(const qz_plan *plan, const void *args, const qz_run *run) {
+    return plan->device->dequantize(plan, args, run);
+}
+
+/* The largest supported group size of this width that divides k; 0 if there is none. */
+static int fitting_group_size(const char *mode, ptrdiff_t bits, ptrdiff_t k) {
+    int best = 0;
+    for (int row = 0; row < QZ_FORMATS; row++) {
+        if (qz_formats[row].bits != bits || strcmp(qz_formats[row].mode, mode) != 0) continue;
+        for (int slot = 0; slot < QZ_GROUP_SLOTS; slot++) {
+            int size = qz_formats[row].group_sizes[slot];
+            if (size > best && k % size == 0) best = size;
+        }
+    }
+    return best;
+}
+
+static int check_last_axis(const call *c, const qz_array *w, const qz_format *format, ptrdiff_t group_size) {
+    if (w->ndim == 0) return qz_raise(PyExc_ValueError, c->op, "w must have at least one dimension, got a scalar");
+    ptrdiff_t k = w->shape[w->ndim - 1];
+    if (k % group_size != 0) {
+        char hint[96];
+        int fits = fitting_group_size(format->mode, format->bits, k);
+        ptrdiff_t padded = (k / group_size + 1) * group_size;
+        if (fits) {
+            PyOS_snprintf(hint, sizeof hint, "group_size=%d would fit", fits);
+        } else {
+            PyOS_snprintf(hint, sizeof hint, "no group size fits; padded with zeros to %zd it would", padded);
+        }
+        return qz_raise(PyExc_ValueError, c->op, "w.shape[-1] must be a multiple of group_size=%zd, got %zd (%s)",
+                        group_size, k, hint);
+    }
+    if (k * format->bits % 32 != 0) {
+        return qz_raise(PyExc_ValueError, c->op, "w.shape[-1] = %zd codes of %d bits do not fill whole 32-bit words", k,
+                        format->bits);
+    }
+    return 0;
+}
+
+typedef struct quantize_views {
+    view w, result[3];
+    PyObject *results[3];
+} quantize_views;
+
+static const char *const result_names[] = {"out[0] (codes)", "out[1] (scales)", "out[2] (biases)"};
+
+/* The three outputs, from `out`, a tuple with None where a new array is wanted. */
+static int take_outputs(quantize_views *v, const call *c, PyObject *out, const qz_format *format, ptrdiff_t group_size,
+                        qz_type scale_type) {
+    const int last = v->w.array.ndim - 1;
+    ptrdiff_t words[QZ_MAX_DIMS], groups[QZ_MAX_DIMS];
+    memcpy(words, v->w.array.shape, sizeof words);
+    memcpy(groups, v->w.array.shape, sizeof groups);
+    groups[last] = words[last] / group_size;
+    words[last] = words[last] / 32 * format->bits + words[last] % 32 * format->bits / 32;
+    if (out != Py_None && (!PyTuple_Check(out) || PyTuple_Size(out) != 3)) {
+        return qz_raise(PyExc_TypeError, c->op,
+                        "out must be a tuple (codes, scales, biases), with None for a new array");
+    }
+    for (int i = 0; i < 3; i++) {
+        PyObject *given = out == Py_None ? Py_None : PyTuple_GetItem(out, i);
+        qz_type type = i == 0 ? QZ_U32 : scale_type;
+        const ptrdiff_t *shape = i == 0 ? words : groups;
+        if (qz_take_result(&v->result[i], &v->results[i], c, result_names[i], given, type, last + 1, shape) < 0)
+            return -1;
+        if (qz_refuse_overlap(c, result_names[i], &v->result[i], "w", &v->w) < 0) return -1;
+        for (int j = 0; j < i; j++) {
+            if (qz_refuse_overlap(c, result_names[i], &v->result[i], result_names[j], &v->result[j]) < 0) return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *pack_results(quantize_views *v, const call *c, PyObject *out, qz_type scale_type, int as_ml) {
+    PyObject *tuple = PyTuple_New(3);
+    for (int i = 0; tuple && i < 3; i++) {
+        PyObject *given = out == Py_None ? Py_None : PyTuple_GetItem(out, i);
+        PyObject *item = v->results[i];
+        v->results[i] = NULL;
+        if (i > 0) item = qz_finish_result(c, item, scale_type, as_ml, given);
+        if (!item || PyTuple_SetItem(tuple, i, item) < 0) Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+typedef struct quantize_options {
+    ptrdiff_t group_size, bits;
+    int profile;
+} quantize_options;
+
+static int take_quantize_options(quantize_options *o, const call *c, PyObject *const *args) {
+    int given;
+    *o = (quantize_options){64, 4, 0};
+    if (qz_take_integer(c, "group_size", args[2], &o->group_size, &given) < 0) return -1;
+    if (qz_take_integer(c, "bits", args[3], &o->bits, &given) < 0) return -1;
+    o->profile = qz_take_word(c, "profile", args[4], profiles, QZ_PROFILES);
+    return o->profile < 0 ? -1 : 0;
+}
+
+static PyObject *quantize(const plan_object *plan, const call *c, PyObject *const *args, quantize_views *v) {
+    quantize_options o;
+    qz_quantize_args job = {0};
+    qz_type scale_type;
+    int as_ml = 0;
+    if (take_quantize_options(&o, c, args) < 0) return NULL;
+    job.format = qz_take_format(c, plan->op->mode, o.bits, o.group_size, &job.group_slot);
+    if (job.format < 0 || qz_take_floats(&v->w, c, "w", args[1]) < 0) return NULL;
+    qz_type own = v->w.array.type == QZ_F64 ? QZ_F32 : v->w.array.type;
+    as_ml = v->w.is_ml_dtype;
+    if (qz_take_float_type(c, "scale_dtype", args[5], own, &scale_type, &as_ml) < 0) return NULL;
+    const qz_format *format = &qz_formats[job.format];
+    if (check_last_axis(c, &v->w.array, format, o.group_size) < 0) return NULL;
+    ptrdiff_t count = qz_checked_count(c, v->w.array.shape, v->w.array.ndim);
+    if (count < 0 || take_outputs(v, c, args[6], format, o.group_size, scale_type) < 0) return NULL;
+    job.w = v->w.array;
+    job.codes = v->result[0].array;
+    job.scales = v->result[1].array;
+    job.biases = v->result[2].array;
+    job.profile = (qz_profile)o.profile;
+    if (qz_run_operation(plan, quantize_operation, &job, (double)count) < 0) return NULL;
+    return pack_results(v, c, args[6], scale_type, as_ml);
+}
+
+/* quantize(plan, w, group_size, bits, profile, scale_dtype, out, input_dtype) */
+PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    quantize_views v = {0};
+    call c;
+    if (qz_check_count("quantize", count, 8) < 0) return NULL;
+    const plan_object *plan = qz_take_plan(module, args[0], OP_QUANTIZE);
+    if (!plan || qz_open_call(&c, module, plan, args[7]) < 0) return NULL;
+    PyObject *tuple = quantize(plan, &c, args, &v);
+    qz_release(&v.w);
+    for (int i = 0; i < 3; i++) {
+        qz_release(&v.result[i]);
+        Py_XDECREF(v.results[i]);
+    }
+    return tuple;
+}
+
+/* ---- dequantize
+ * ----------------------------------------------------------------------------------------------------------- */
+
+typedef struct dequantize_views {
+    view codes, scales, biases, w;
+    PyObject *result;
+} dequantize_views;
+
+/* Codes, scales and biases agree in their leading axes, and the scales with the biases in all. */
+static int check_stored_shapes(const call *c, const view *codes, const view *scales, const view *biases) {
+    const qz_array *q = &codes->array, *s = &scales->array, *b = &biases->array;
+    int agree = q->ndim == s->ndim && s->ndim == b->ndim && q->ndim > 0;
+    for (int i = 0; agree && i < q->ndim; i++) {
+        agree = s->shape[i] == b->shape[i] && (i == q->ndim - 1 || q->shape[i] == s->shape[i]);
+    }
+    if (agree) return 0;
+    PyObject *qs = qz_shape_text(q->shape, q->ndim), *ss = qz_shape_text(s->shape, s->ndim);
+    PyObject *bs = qz_shape_text(b->shape, b->ndim);
+    if (qs && ss && bs) {
+        qz_raise(PyExc_ValueError, c->op,
+                 "w, scales and biases must have the same shape but for w's last axis, got %U, %U and %U", qs, ss, bs);
+    }
+    Py_XDECREF(qs);
+    Py_XDECREF(ss);
+    Py_XDECREF(bs);
+    return -1;
+}
+
+int qz_take_stored(const call *c, PyObject *const *args, view *codes, view *scales, view *biases) {
+    if (qz_take_codes(codes, c, "w", args[0]) < 0) return -1;
+    if (qz_take_floats(scales, c, "scales", args[1]) < 0) return -1;
+    if (qz_take_floats(biases, c, "biases", args[2]) < 0) return -1;
+    return check_stored_shapes(c, codes, scales, biases);
+}
+
+int qz_take_packing(packing *p, const call *c, PyObject *group_size, PyObject *bits) {
+    if (qz_take_integer(c, "group_size", group_size, &p->group_size, &p->has_group_size) < 0) return -1;
+    return qz_take_integer(c, "bits", bits, &p->bits, &p->has_bits);
+}
+
+int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t words, ptrdiff_t groups, ptrdiff_t features,
+                     int *slot) {
+    if (p->has_group_size && p->group_size > 0 && features < 0 && p->group_size <= PTRDIFF_MAX / 64 / (groups + 1)) {
+        features = groups * p->group_size;
+    }
+    if (features < 0 && p->has_bits && p->bits > 0 && words <= PTRDIFF_MAX / 64) features = words * 32 / p->bits;
+    if (features > 0 && !p->has_bits && words <= PTRDIFF_MAX / 64 && words * 32 % features == 0) {
+        p->bits = words * 32 / features;
+        p->has_bits = 1;
+    }
+    if (features > 0 && !p->has_group_size && groups > 0 && features % groups == 0) {
+        p->group_size = features / groups;
+        p->has_group_size = 1;
+    }
+    if (!p->has_bits) p->bits = 4;
+    if (!p->has_group_size) p->group_size = 64;
+    int row = qz_take_format(c, mode, p->bits, p->group_size, slot);
+    if (row < 0) return -1;
+    if (groups > PTRDIFF_MAX / 1024 || words > PTRDIFF_MAX / 64 || words * 32 != groups * p->group_size * p->bits) {
+        return qz_raise(
+            PyExc_ValueError, c->op,
+            "w.shape[-1] = %zd words of %zd-bit codes and scales.shape[-1] = %zd groups of %zd do not agree: "
+            "%zd words hold %zd groups",
+            words, p->bits, groups, p->group_size, words, words * 32 / p->bits / p->group_size);
+    }
+    return row;
+}
+
+static PyObject *dequantize(const plan_object *plan, const call *c, PyObject *const *args, dequantize_views *v) {
+    packing p = {0};
+    qz_dequantize_args job = {0};
+    qz_type type;
+    int profile = qz_take_word(c, "profile", args[7], profiles, QZ_PROFILES);
+    if (profile < 0 || qz_take_packing(&p, c, args[4], args[5]) < 0) return NULL;
+    if (qz_take_stored(c, args + 1, &v->codes, &v->scales, &v->biases) < 0) return NULL;
+    const int last = v->codes.array.ndim - 1;
+    ptrdiff_t words = v->codes.array.shape[last], groups = v->scales.array.shape[last];
+    job.format = qz_infer_packing(&p, c, plan->op->mode, words, groups, -1, &job.group_slot);
+    if (job.format < 0) return NULL;
+    ptrdiff_t shape[QZ_MAX_DIMS];
+    memcpy(shape, v->codes.array.shape, sizeof shape);
+    shape[last] = groups * p.group_size;
+    int as_ml = v->scales.is_ml_dtype || v->biases.is_ml_dtype;
+    job.product_type = qz_promote(v->scales.array.type, v->biases.array.type);
+    if (qz_take_float_type(c, "dtype", args[6], job.product_type, &type, &as_ml) < 0) return NULL;
+    ptrdiff_t count = qz_checked_count(c, shape, last + 1);
+    if (count < 0 || qz_take_result(&v->w, &v->result, c, "out", args[8], type, last + 1, shape) < 0) return NULL;
+    if (qz_refuse_overlap(c, "out", &v->w, "w", &v->codes) < 0) return NULL;
+    if (qz_refuse_overlap(c, "out", &v->w, "scales", &v->scales) < 0) return NULL;
+    if (qz_refuse_overlap(c, "out", &v->w, "biases", &v->biases) < 0) return NULL;
+    job.codes = v->codes.array;
+    job.scales = v->scales.array;
+    job.biases = v->biases.array;
+    job.w = v->w.array;
+    job.profile = (qz_profile)profile;
+    if (qz_run_operation(plan, dequantize_operation, &job, (double)count * 0.5) < 0) return NULL;
+    PyObject *result = v->result;
+    v->result = NULL;
+    return qz_finish_result(c, result, type, as_ml, args[8]);
+}
+
+/* dequantize(plan, w, scales, biases, group_size, bits, dtype, profile, out, input_dtype) */
+PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    dequantize_views v = {0};
+    call c;
+    if (qz_check_count("dequantize", count, 10) < 0) return NULL;
+    const plan_object *plan = qz_take_plan(module, args[0], OP_DEQUANTIZE);
+    if (!plan || qz_open_call(&c, module, plan, args[9]) < 0) return NULL;
+    PyObject *result = dequantize(plan, &c, args, &v);
+    qz_release(&v.codes);
+    qz_release(&v.scales);
+    qz_release(&v.biases);
+    qz_release(&v.w);
+    Py_XDECREF(v.result);
+    return result;
+}

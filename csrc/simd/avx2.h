@@ -1,0 +1,159 @@
+/* The vector primitives on AVX2 with FMA and F16C: eight lanes. Contracts: simd/generic.h and simd/dot.h. */
+#ifndef QZ_SIMD_AVX2_H
+#define QZ_SIMD_AVX2_H
+
+#include <immintrin.h>
+
+#include "../half.h"
+#include "bits.h"
+
+#define QZ_LANES 8
+
+typedef __m256 v_f32;
+typedef __m256i v_i32;
+typedef __m256i v_u8;
+
+static inline v_f32 load_f32(const float *from) { return _mm256_loadu_ps(from); }
+static inline void store_f32(float *to, v_f32 v) { _mm256_storeu_ps(to, v); }
+static inline void stream_f32(float *to, v_f32 v) { _mm256_stream_ps(to, v); }
+static inline void stream_end(void) { _mm_sfence(); }
+static inline v_i32 load_i32(const int32_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+static inline void store_i32(int32_t *to, v_i32 v) { _mm256_storeu_si256((__m256i *)to, v); }
+
+static inline v_f32 set1_f32(float x) { return _mm256_set1_ps(x); }
+static inline v_i32 set1_i32(int32_t x) { return _mm256_set1_epi32(x); }
+static inline v_i32 bits_of_f32(v_f32 v) { return _mm256_castps_si256(v); }
+static inline v_f32 f32_of_bits(v_i32 v) { return _mm256_castsi256_ps(v); }
+
+static inline v_f32 add_f32(v_f32 a, v_f32 b) { return _mm256_add_ps(a, b); }
+static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return _mm256_sub_ps(a, b); }
+static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return _mm256_mul_ps(a, b); }
+static inline v_f32 div_f32(v_f32 a, v_f32 b) { return _mm256_div_ps(a, b); }
+static inline v_f32 fma_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline v_f32 min_f32(v_f32 a, v_f32 b) { return _mm256_min_ps(a, b); }
+static inline v_f32 max_f32(v_f32 a, v_f32 b) { return _mm256_max_ps(a, b); }
+static inline v_f32 trunc_f32(v_f32 v) { return _mm256_round_ps(v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC); }
+
+static inline v_i32 add_i32(v_i32 a, v_i32 b) { return _mm256_add_epi32(a, b); }
+static inline v_i32 sub_i32(v_i32 a, v_i32 b) { return _mm256_sub_epi32(a, b); }
+static inline v_i32 and_i32(v_i32 a, v_i32 b) { return _mm256_and_si256(a, b); }
+static inline v_i32 or_i32(v_i32 a, v_i32 b) { return _mm256_or_si256(a, b); }
+static inline v_i32 xor_i32(v_i32 a, v_i32 b) { return _mm256_xor_si256(a, b); }
+static inline v_i32 max_i32(v_i32 a, v_i32 b) { return _mm256_max_epi32(a, b); }
+static inline v_i32 greater_i32(v_i32 a, v_i32 b) { return _mm256_cmpgt_epi32(a, b); }
+static inline v_i32 select_i32(v_i32 mask, v_i32 yes, v_i32 no) { return _mm256_blendv_epi8(no, yes, mask); }
+#define shr_u32(v, count) _mm256_srli_epi32(v, count)
+#define shl_i32(v, count) _mm256_slli_epi32(v, count)
+
+static inline v_f32 f32_from_i32(v_i32 v) { return _mm256_cvtepi32_ps(v); }
+static inline v_i32 i32_from_f32_truncate(v_f32 v) { return _mm256_cvttps_epi32(v); }
+static inline v_i32 i32_from_f32_nearest(v_f32 v) { return _mm256_cvtps_epi32(v); }
+
+static inline v_i32 i32_from_u8(const uint8_t *from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+}
+static inline v_i32 i32_from_u16(const uint16_t *from) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+static inline void store_low_u16(uint16_t *to, v_i32 v) {
+    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0xd8);
+    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(v));
+}
+static inline void store_low_u8(uint8_t *to, v_i32 v) {
+    const __m256i low_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
+                                               -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
+    v = _mm256_shuffle_epi8(v, low_bytes);
+    _mm_storel_epi64((__m128i *)to, _mm_or_si128(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+static inline v_f32 f32_from_f16(const uint16_t *from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+}
+static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+/* Integer dots (simd/dot.h). */
+
+#define QZ_DOT_NAME "vpmaddubsw"
+#define QZ_DOT_ZERO(bits) 0
+
+static inline v_u8 u8_of_i32(v_i32 v) { return v; }
+static inline v_u8 load_u8(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+
+/* VPMADDUBSW saturates at int16: two products of a 7-bit code and an int8 stay below 2 * 127 * 128 = 32512. Codes of 8
+ * bits go nibble by nibble: 2 * 15 * 128 = 3840, and the high nibbles' sum counts 16-fold. */
+static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
+    const __m256i one = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
+    if (bits < 8) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, digits), one));
+    __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(codes, nibble), digits);
+    __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), digits);
+    /* |low + 16 high| would not fit int16, so the factor 16 is taken in the widening step. */
+    __m256i both = _mm256_add_epi32(_mm256_madd_epi16(low, one), _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    return _mm256_add_epi32(sum, both);
+}
+
+static inline v_i32 add_neighbours(v_i32 a, v_i32 b) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8); }
+
+static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d) {
+    __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+    __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
+    __m256i q0 = _mm256_unpacklo_epi16(ab_low, cd_low), q1 = _mm256_unpackhi_epi16(ab_low, cd_low);
+    __m256i q2 = _mm256_unpacklo_epi16(ab_high, cd_high), q3 = _mm256_unpackhi_epi16(ab_high, cd_high);
+    __m256i *out = (__m256i *)to;
+    _mm256_storeu_si256(out, _mm256_permute2x128_si256(q0, q1, 0x20));
+    _mm256_storeu_si256(out + 1, _mm256_permute2x128_si256(q2, q3, 0x20));
+    _mm256_storeu_si256(out + 2, _mm256_permute2x128_si256(q0, q1, 0x31));
+    _mm256_storeu_si256(out + 3, _mm256_permute2x128_si256(q2, q3, 0x31));
+}
+
+/* 32 codes from 4 * bits bytes, without reading beyond them. Each 16-bit lane fetches the two bytes that hold its code
+ * (VPSHUFB), a multiplication moves the code to the lane's top, a shift brings it down. The lanes of step r hold the
+ * codes 8 r + (0...7) and 16 + 8 r + (0...7), so that VPACKUSWB puts all 32 in order. From 4 bits on, the upper half
+ * is loaded from the last 16 bytes, which start at byte 4 * bits - 16. */
+#define QZ_HIGH_BASE(bits, code) ((bits) >= 4 && (code) >= 16 ? 4 * (bits) - 16 : 0)
+#define QZ_BYTE(bits, code) ((code) * (bits) / 8 - QZ_HIGH_BASE(bits, code))
+#define QZ_NEXT(bits, code) ((code) * (bits) % 8 + (bits) > 8 ? QZ_BYTE(bits, code) + 1 : -1)
+#define QZ_PAIR(bits, code) QZ_BYTE(bits, code), QZ_NEXT(bits, code)
+#define QZ_FACTOR(bits, code) 1 << (16 - (bits) - (code) * (bits) % 8)
+#define QZ_EIGHT(ONE, bits, code)                                                                        \
+    ONE(bits, code), ONE(bits, code + 1), ONE(bits, code + 2), ONE(bits, code + 3), ONE(bits, code + 4), \
+        ONE(bits, code + 5), ONE(bits, code + 6), ONE(bits, code + 7)
+#define QZ_STEPS(ONE, bits)                                                                                    \
+    {                                                                                                          \
+        {QZ_EIGHT(ONE, bits, 0), QZ_EIGHT(ONE, bits, 16)}, { QZ_EIGHT(ONE, bits, 8), QZ_EIGHT(ONE, bits, 24) } \
+    }
+#define QZ_WIDTHS(ONE)                                                       \
+    {[2] = QZ_STEPS(ONE, 2), [3] = QZ_STEPS(ONE, 3), [4] = QZ_STEPS(ONE, 4), \
+     [5] = QZ_STEPS(ONE, 5), [6] = QZ_STEPS(ONE, 6), [7] = QZ_STEPS(ONE, 7)}
+
+static const int8_t fetch_bytes[8][2][32] = QZ_WIDTHS(QZ_PAIR);
+static const uint16_t fetch_factors[8][2][16] = QZ_WIDTHS(QZ_FACTOR);
+
+static inline __m256i fetch_16_codes(__m256i bytes, int bits, int step) {
+    __m256i pairs = _mm256_shuffle_epi8(bytes, _mm256_loadu_si256((const __m256i *)fetch_bytes[bits][step]));
+    __m256i factors = _mm256_loadu_si256((const __m256i *)fetch_factors[bits][step]);
+    return _mm256_srli_epi16(_mm256_mullo_epi16(pairs, factors), 16 - bits);
+}
+static inline __m256i unpack_32_codes(const uint8_t *packed, int bits) {
+    __m256i bytes;
+    if (bits == 8) return _mm256_loadu_si256((const __m256i *)packed);
+    if (bits >= 4) {
+        bytes = _mm256_loadu2_m128i((const __m128i *)(packed + 4 * bits - 16), (const __m128i *)packed);
+    } else {
+        uint8_t few[16] = {0};
+        memcpy(few, packed, (size_t)(4 * bits));
+        bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)few));
+    }
+    return _mm256_packus_epi16(fetch_16_codes(bytes, bits, 0), fetch_16_codes(bytes, bits, 1));
+}
+
+static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
+    ptrdiff_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        _mm256_storeu_si256((__m256i *)(codes + i), unpack_32_codes(packed + i / 8 * bits, bits));
+    }
+    unpack_bits_by_8(codes + i, packed + i / 8 * bits, bits, count - i);
+}
+
+#endif

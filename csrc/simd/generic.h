@@ -1,0 +1,95 @@
+/* The vector primitives in portable C: four lanes as a compiler vector. Every other header of this folder offers the
+ * same names with the same results, bit for bit.
+ *
+ * min_f32(a, b) is a < b ? a : b and max_f32(a, b) is a > b ? a : b: b where either is NaN, as MINPS and MAXPS do.
+ * trunc_f32 keeps NaN and the sign of zero; its argument is below 2^31 in magnitude, as are those of the conversions.
+ */
+#ifndef QZ_SIMD_GENERIC_H
+#define QZ_SIMD_GENERIC_H
+
+#include <math.h>
+
+#include "../half.h"
+#include "bits.h"
+
+#define QZ_LANES 4
+
+typedef float v_f32 __attribute__((vector_size(16)));
+typedef int32_t v_i32 __attribute__((vector_size(16)));
+
+static inline v_f32 load_f32(const float *from) {
+    v_f32 v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+static inline void store_f32(float *to, v_f32 v) { memcpy(to, &v, sizeof v); }
+static inline void stream_f32(float *to, v_f32 v) { memcpy(to, &v, sizeof v); }
+static inline void stream_end(void) {}
+static inline v_i32 load_i32(const int32_t *from) {
+    v_i32 v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+static inline void store_i32(int32_t *to, v_i32 v) { memcpy(to, &v, sizeof v); }
+
+static inline v_f32 set1_f32(float x) { return (v_f32){x, x, x, x}; }
+static inline v_i32 set1_i32(int32_t x) { return (v_i32){x, x, x, x}; }
+static inline v_i32 bits_of_f32(v_f32 v) { return (v_i32)v; }
+static inline v_f32 f32_of_bits(v_i32 v) { return (v_f32)v; }
+
+static inline v_f32 add_f32(v_f32 a, v_f32 b) { return a + b; }
+static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return a - b; }
+static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return a * b; }
+static inline v_f32 div_f32(v_f32 a, v_f32 b) { return a / b; }
+static inline v_i32 add_i32(v_i32 a, v_i32 b) { return a + b; }
+static inline v_i32 sub_i32(v_i32 a, v_i32 b) { return a - b; }
+static inline v_i32 and_i32(v_i32 a, v_i32 b) { return a & b; }
+static inline v_i32 or_i32(v_i32 a, v_i32 b) { return a | b; }
+static inline v_i32 xor_i32(v_i32 a, v_i32 b) { return a ^ b; }
+typedef uint32_t v_u32 __attribute__((vector_size(16)));
+#define shr_u32(v, count) ((v_i32)((v_u32)(v) >> (count)))
+#define shl_i32(v, count) ((v_i32)((v_u32)(v) << (count)))
+
+static inline v_i32 select_i32(v_i32 mask, v_i32 yes, v_i32 no) { return (mask & yes) | (~mask & no); }
+static inline v_i32 max_i32(v_i32 a, v_i32 b) { return select_i32(a > b, a, b); }
+static inline v_i32 greater_i32(v_i32 a, v_i32 b) { return a > b; }
+static inline v_f32 min_f32(v_f32 a, v_f32 b) { return (v_f32)select_i32(a < b, (v_i32)a, (v_i32)b); }
+static inline v_f32 max_f32(v_f32 a, v_f32 b) { return (v_f32)select_i32(a > b, (v_i32)a, (v_i32)b); }
+
+static inline v_f32 f32_from_i32(v_i32 v) { return __builtin_convertvector(v, v_f32); }
+static inline v_i32 i32_from_f32_truncate(v_f32 v) { return __builtin_convertvector(v, v_i32); }
+
+/* Adding 1.5 * 2^23 leaves the integer, rounded to nearest even, in the low bits; |v| must be below 2^22. */
+static inline v_i32 i32_from_f32_nearest(v_f32 v) {
+    const v_f32 magic = set1_f32(0x1.8p23f);
+    return (v_i32)(v + magic) - (v_i32)magic;
+}
+
+static inline v_f32 trunc_f32(v_f32 v) {
+    const v_i32 sign = set1_i32(INT32_MIN);
+    v_i32 whole = (v_i32)f32_from_i32(i32_from_f32_truncate((v_f32)select_i32(v == v, (v_i32)v, set1_i32(0))));
+    return (v_f32)select_i32(v == v, (whole & ~sign) | ((v_i32)v & sign), (v_i32)v);
+}
+
+static inline v_i32 i32_from_u8(const uint8_t *from) { return (v_i32){from[0], from[1], from[2], from[3]}; }
+static inline void store_low_u8(uint8_t *to, v_i32 v) {
+    for (int i = 0; i < QZ_LANES; i++) to[i] = (uint8_t)v[i];
+}
+static inline void store_low_u16(uint16_t *to, v_i32 v) {
+    for (int i = 0; i < QZ_LANES; i++) to[i] = (uint16_t)v[i];
+}
+static inline v_i32 i32_from_u16(const uint16_t *from) { return (v_i32){from[0], from[1], from[2], from[3]}; }
+static inline v_f32 f32_from_f16(const uint16_t *from) {
+    return (v_f32){qz_f32_from_f16(from[0]), qz_f32_from_f16(from[1]), qz_f32_from_f16(from[2]),
+                   qz_f32_from_f16(from[3])};
+}
+static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
+    for (int i = 0; i < QZ_LANES; i++) to[i] = qz_f16_from_f32(v[i]);
+}
+
+/* Writes `count` codes of `bits` bits each, in order; count is a multiple of 8. */
+static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
+    unpack_bits_by_8(codes, packed, bits, count);
+}
+
+#endif

@@ -1,0 +1,121 @@
+"""Command line: ``python -m quantization demo | report | info``. Errors are one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from . import _extras, _report, show_config
+
+
+def _bar(label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """Show a progress bar on stderr if that is a terminal and tqdm is there; otherwise nothing."""
+
+    def wrap(items: Sequence[Any]) -> Iterable[Any]:
+        try:
+            tqdm = _extras.require("tqdm", "demo")
+        except ImportError:
+            return items
+        bar: Iterable[Any] = tqdm.tqdm(items, desc=label, leave=False, disable=None)
+        return bar
+
+    return wrap
+
+
+def _run_demo(arguments: argparse.Namespace) -> None:
+    from ._demo import compare
+
+    options = {"query": arguments.query} if arguments.query else {}
+    compare.run(
+        sys.stdout,
+        model=arguments.model,
+        formats=arguments.format,
+        layers=arguments.layers,
+        plot=arguments.plot,
+        progress=_bar("demo"),
+        **options,
+    )
+
+
+def _run_report(arguments: argparse.Namespace) -> None:
+    formats = list(arguments.format or ())
+    if arguments.bits or arguments.group_size:
+        formats += [("affine", bits, group) for bits in arguments.bits or [4] for group in arguments.group_size or [64]]
+    result = _report.report_file(
+        arguments.file,
+        formats or None,
+        scale_dtype=arguments.scale_dtype,
+        profile=arguments.profile,
+        progress=_bar("report"),
+    )
+    print(str(result))
+    if arguments.plot:
+        result.plot(arguments.plot)
+
+
+def _run_info(_: argparse.Namespace) -> None:
+    print(show_config())
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m quantization", description="Low-bit quantization of NumPy arrays.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="a real model in every format: size, error, quality, speed")
+    demo.add_argument("--model", metavar="PATH", help="folder with model.safetensors, tokenizer.json and config.json")
+    demo.add_argument("--query", metavar="TEXT", help="sentence to answer from the 50 of the demo")
+    demo.add_argument("--layers", action="store_true", help="list every matrix at 4 bits, worst first")
+    demo.set_defaults(run=_run_demo)
+
+    report = commands.add_parser("report", help="bits per weight and error of every tensor of a file")
+    report.add_argument("file", metavar="FILE", help=".npz, .npy or .safetensors")
+    report.add_argument("--bits", type=_integers, metavar="N,…", help="widths of affine formats (default: 4)")
+    report.add_argument("--group-size", type=_integers, metavar="N,…", help="their group sizes (default: 64)")
+    report.add_argument(
+        "--scale-dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="type of stored scales and biases (default: that of the tensor)",
+    )
+    report.add_argument("--profile", choices=("metal", "cpu"), default="metal", help="MLX backend whose codes to make")
+    report.set_defaults(run=_run_report)
+
+    for command in (demo, report):
+        command.add_argument(
+            "--format",
+            action="append",
+            metavar="NAME",
+            help="a format such as affine_4_g64; may be given several times",
+        )
+        command.add_argument("--plot", metavar="FILE", help="also draw it (.png, .svg, .pdf)")
+    info = commands.add_parser("info", help="versions, CPU features, chosen kernels, threads")
+    info.set_defaults(run=_run_info)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python flushes stdout again at exit: give it somewhere to flush to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, what a shell reports of a program that the signal ended
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"quantization: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What all tests share: the instruction sets to run on, sizes, and arrays with guarded memory around them."""
+
+import os
+
+import numpy as np
+import pytest
+
+import quantization as q
+
+SMALL = bool(os.environ.get("QUANTIZATION_TEST_SMALL"))  # set where a CPU is emulated: fewer cases of each kind
+
+AVAILABLE = [entry["name"] for entry in q._C.isas() if entry["available"]]
+FORCED = os.environ.get("QUANTIZATION_ISA")
+ISAS = [FORCED] if FORCED else AVAILABLE
+
+FORMATS = [
+    pytest.param(row["mode"], row["bits"], size, id=f"{row['name']}_g{size}")
+    for row in q._C.formats()
+    for size in row["group_sizes"]
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Every instruction set that is here (or the one forced), with proof that it is the one that runs."""
+    with q.isa(request.param):
+        assert q.AffineQmmT()._plan().isa == request.param
+        yield request.param
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(list(request.node.name.encode()))
+
+
+class Guarded:
+    """Arrays between guard bytes, which `check` finds changed if a kernel wrote outside."""
+
+    MARGIN = 256
+
+    def __init__(self):
+        self._blocks = []
+
+    def empty(self, shape, dtype, offset=0):
+        """Return an array whose memory starts `offset` bytes after a 64-byte border."""
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        block = np.full(size + 2 * self.MARGIN + 128, 0xA5, np.uint8)
+        start = self.MARGIN + (-(block.ctypes.data + self.MARGIN)) % 64 + offset
+        self._blocks.append((block, start, start + size))
+        return block[start : start + size].view(dtype).reshape(shape) if size else np.empty(shape, dtype)
+
+    def check(self):
+        for block, start, end in self._blocks:
+            assert (block[:start] == 0xA5).all(), "bytes before the array changed"
+            assert (block[end:] == 0xA5).all(), "bytes after the array changed"
+
+
+@pytest.fixture
+def guarded():
+    """A `Guarded`, checked when the test has passed."""
+    guard = Guarded()
+    yield guard
+    guard.check()
