@@ -94,8 +94,11 @@ copy_tree() {
     ) | tar --extract --directory="$1"
 }
 
-# build PYTHON [setup.py arguments]: the extension, in place, in the current directory.
-build() { "$1" setup.py -q build_ext --inplace --force "${@:2}" >build.log 2>&1 || { cat build.log && fail "build"; }; }
+# build PYTHON [setup.py arguments]: the extension, in place, in the current directory, whose package then is the one used.
+build() {
+    "$1" setup.py -q build_ext --inplace --force "${@:2}" >build.log 2>&1 || { cat build.log && fail "build"; }
+    export PYTHONPATH=$PWD/src
+}
 
 # emulated_python FILE PYTHON EMULATOR...: makes FILE an emulated PYTHON. Python takes FILE for its own executable, so that
 # the processes that tests start are emulated too; FILE has to lie beside PYTHON, from where Python finds its library.

@@ -14,7 +14,7 @@ typedef enum qz_status {
     QZ_INTERRUPTED, /* qz_run.poll asked to stop; the output is unspecified */
 } qz_status;
 
-typedef enum qz_type { QZ_F32, QZ_F16, QZ_BF16, QZ_F64, QZ_U32, QZ_U8 } qz_type;
+typedef enum qz_type { QZ_F32, QZ_F16, QZ_BF16, QZ_F64, QZ_U32 } qz_type;
 
 /* A strided array: strides are in bytes, may be negative or zero, and need no alignment. */
 typedef struct qz_array {

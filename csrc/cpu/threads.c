@@ -398,6 +398,6 @@ void qz_explain_num_threads(char *text, size_t size) {
     if (qz_default_threads(&cpus, reason, sizeof reason) == limit)
         snprintf(text, size, "%s", reason);
     else
-        snprintf(text, size, "%d: found by the first call that needed it; set_num_threads(0) would now find %s", limit,
+        snprintf(text, size, "%d: found by the first call that needed it; set_num_threads(None) would now find %s", limit,
                  reason);
 }

@@ -4,6 +4,7 @@
 
 #include "../kernels/begin.h"
 
+#include "../elements/uint.h"
 #include "../kernels/convert.h"
 #include "../kernels/fake_quantize.h"
 #include "../kernels/fixed_point.h"

@@ -14,7 +14,6 @@
 #define QZ_KERNELS_FIXED_POINT_H
 
 #define QZ_BLOCK(group_size) ((group_size) < QZ_MAX_BLOCK ? (group_size) : QZ_MAX_BLOCK)
-#define QZ_CENTRE(bits) (1 << ((bits) - 1))
 
 QZ_INLINE int narrow_bits(int bits, int block) {
     int free_bits = 31 - __builtin_ctz((unsigned)block) - (bits - 1);

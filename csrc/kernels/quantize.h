@@ -50,18 +50,12 @@ QZ_INLINE affine_range affine_measure(const float *w, ptrdiff_t count, int bits,
     return affine_range_of(los[0], his[0], bits, profile);
 }
 
-/* Clamping first and rounding then gives the same code as the other order, since both ends are integers; it also sends
- * NaN to 0 and keeps the conversion in range. For values >= 0 half away from zero is the truncation of v + h, where h
- * is the float below 0.5 (see fake_quantize.h). */
 QZ_INLINE void affine_encode(uint8_t *codes, const float *w, ptrdiff_t count, affine_range range, int bits,
                              int profile) {
-    v_f32 scale = set1_f32(range.scale), bias = set1_f32(range.bias), top = set1_f32((float)((1 << bits) - 1));
+    v_f32 scale = set1_f32(range.scale), bias = set1_f32(range.bias);
     for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        v_f32 step = div_f32(sub_f32(load_f32(w + i), bias), scale);
-        step = min_f32(max_f32(step, set1_f32(0.0f)), top);
-        v_i32 code = profile == QZ_PROFILE_METAL ? i32_from_f32_truncate(add_f32(step, set1_f32(0x1.fffffep-2f)))
-                                                 : i32_from_f32_nearest(step);
-        store_low_u8(codes + i, code);
+        v_f32 steps = div_f32(sub_f32(load_f32(w + i), bias), scale);
+        store_low_u8(codes + i, encode_uint(steps, bits, profile));
     }
 }
 
@@ -93,7 +87,7 @@ QZ_INLINE void dequantize_group(float *w, const uint8_t *codes, ptrdiff_t count,
                                 qz_type type) {
     v_f32 s = set1_f32(scale), b = set1_f32(bias);
     for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        v_f32 product = round_to_type(mul_f32(f32_from_i32(i32_from_u8(codes + i)), s), type);
+        v_f32 product = round_to_type(mul_f32(decode_uint(codes + i), s), type);
         store_f32(w + i, round_to_type(add_f32(product, b), type));
     }
 }
@@ -109,5 +103,7 @@ QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
         } else {
             dequantize_group(w, codes, size, s, b, job->round_products_to);
         }
+        /* Finite scales and biases make no NaN, even where s * q overflows. */
+        if (!isfinite(s) || !isfinite(b)) make_nan_canonical(w, size);
     }
 }

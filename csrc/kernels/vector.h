@@ -1,6 +1,7 @@
 /* All kernels of an ISA with vectors: what its unit of csrc/isa/ includes inside its target region. */
 #include "begin.h"
 
+#include "../elements/uint.h"
 #include "convert.h"
 #include "fake_quantize.h"
 #include "fixed_point.h"

@@ -9,24 +9,45 @@ void qz_release(view *v) {
     v->has_buffer = v->present = 0;
 }
 
-/* "name has dtype X, must be what" */
+static const char float_kinds[] = "float32, float16, bfloat16 or float64";
+static const char code_kinds[] = "uint32 (or int32 with the same bits)";
+
+/* "name has dtype X, must be what", or for what has no dtype "name must be an array of what, got a list". */
 static int raise_dtype(const call *c, const char *name, PyObject *object, const char *what) {
     PyObject *dtype = PyObject_GetAttrString(object, "dtype"), *text;
     if (!dtype) PyErr_Clear();
     text = dtype ? PyObject_Str(dtype) : PyType_GetName(Py_TYPE(object));
-    if (text)
-        qz_raise(PyExc_TypeError, c->op, dtype ? "%s has dtype %U, must be %s" : "%s is a %U, must be %s", name, text,
-                 what);
+    if (text && dtype) {
+        int raw = what == float_kinds && PyUnicode_CompareWithASCIIString(text, "uint16") == 0;
+        qz_raise(PyExc_TypeError, c->op, "%s has dtype %U, must be %s%s", name, text, what,
+                 raw ? " (input_dtype=\"bfloat16\" declares that uint16 holds bfloat16 bits)" : "");
+    } else if (text) {
+        qz_raise(PyExc_TypeError, c->op, "%s must be an array of %s, got %U", name, what, text);
+    }
     Py_XDECREF(dtype);
     Py_XDECREF(text);
     return -1;
 }
 
-static const char float_kinds[] = "float32, float16, bfloat16 or float64";
-static const char code_kinds[] = "uint32 (or int32 with the same bits)";
+/* Clears an exception that says that an object is of another kind. 0, or -1 if it is one to pass on: MemoryError,
+ * KeyboardInterrupt and their like. */
+static int clear_unless_serious(void) {
+    PyObject *const mild[] = {PyExc_TypeError,    PyExc_ValueError,    PyExc_BufferError, PyExc_AttributeError,
+                              PyExc_RuntimeError, PyExc_OverflowError, PyExc_LookupError};
+    for (size_t i = 0; i < sizeof mild / sizeof *mild; i++) {
+        if (!PyErr_ExceptionMatches(mild[i])) continue;
+        PyErr_Clear();
+        return 0;
+    }
+    return -1;
+}
 
 /* The element type of a buffer: 1 with *type set, 0 if it is none that we know. */
 static int buffer_type(const Py_buffer *buffer, int raw_bfloat16, qz_type *type) {
+    static const struct {
+        const char *letters;
+        qz_type type;
+    } known[] = {{"f", QZ_F32}, {"e", QZ_F16}, {"d", QZ_F64}, {"H", QZ_BF16}, {"iIlL", QZ_U32}};
     const char *format = buffer->format ? buffer->format : "B";
     if (strcmp(format, "bfloat16") == 0 && buffer->itemsize == 2) { /* as MLX arrays name it */
         *type = QZ_BF16;
@@ -34,17 +55,12 @@ static int buffer_type(const Py_buffer *buffer, int raw_bfloat16, qz_type *type)
     }
     if (*format == '@' || *format == '=' || *format == '<' || *format == '^') format++;
     if (*format == '\0' || format[1] != '\0') return 0;
-    switch (*format) {
-    case 'f': *type = QZ_F32; return 1;
-    case 'e': *type = QZ_F16; return 1;
-    case 'd': *type = QZ_F64; return 1;
-    case 'H': *type = QZ_BF16; return raw_bfloat16;
-    case 'i':
-    case 'I':
-    case 'l':
-    case 'L': *type = QZ_U32; return buffer->itemsize == 4;
-    default: return 0;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        if (!strchr(known[i].letters, *format)) continue;
+        *type = known[i].type;
+        return buffer->itemsize == qz_type_size(*type) && (*format != 'H' || raw_bfloat16);
     }
+    return 0;
 }
 
 static int fill_from_buffer(view *v, const call *c, const char *name) {
@@ -56,9 +72,12 @@ static int fill_from_buffer(view *v, const call *c, const char *name) {
     }
     a->data = b->buf;
     a->ndim = b->ndim;
-    for (int i = 0; i < b->ndim; i++) {
-        a->shape[i] = b->shape[i];
-        a->strides[i] = b->strides[i];
+    ptrdiff_t step = b->itemsize;
+    for (int i = b->ndim - 1; i >= 0; i--) { /* ctypes gives no strides even if asked: C order */
+        a->shape[i] = b->shape ? b->shape[i] : b->len / b->itemsize;
+        a->strides[i] = b->strides ? b->strides[i] : step;
+        if (a->shape[i] < 0 || (a->shape[i] > 0 && __builtin_mul_overflow(step, a->shape[i], &step)))
+            return qz_raise(PyExc_ValueError, c->op, "%s has a buffer with an impossible shape", name);
     }
     return 0;
 }
@@ -70,7 +89,11 @@ static int find_ml_bfloat16(module_state *state) {
     PyObject *module = modules ? PyDict_GetItemString(modules, "ml_dtypes") : NULL;
     if (!module) return 0;
     PyObject *scalar = PyObject_GetAttrString(module, "bfloat16"), *numpy = NULL;
-    if (scalar) numpy = PyImport_ImportModule("numpy");
+    if (!scalar) { /* sys.modules["ml_dtypes"] = None, or an import under way */
+        PyErr_Clear();
+        return 0;
+    }
+    numpy = PyImport_ImportModule("numpy");
     if (numpy) state->ml_bfloat16 = PyObject_CallMethod(numpy, "dtype", "O", scalar);
     Py_XDECREF(scalar);
     Py_XDECREF(numpy);
@@ -92,62 +115,79 @@ static int is_ml_bfloat16(const call *c, PyObject *object) {
     return same > 0;
 }
 
-static int take_buffer(view *v, PyObject *object, int writable) {
-    if (PyObject_GetBuffer(object, &v->buffer, writable ? PyBUF_RECORDS : PyBUF_RECORDS_RO) < 0) return -1;
+static int take_buffer(view *v, PyObject *object) {
+    if (PyObject_GetBuffer(object, &v->buffer, PyBUF_RECORDS_RO) < 0) return -1;
     v->has_buffer = v->present = 1;
     return 0;
+}
+
+static int check_writable(const view *v, const call *c, const char *name, int writable) {
+    if (!writable || !v->buffer.readonly) return 0;
+    return qz_raise(PyExc_ValueError, c->op, "%s is read-only", name);
+}
+
+/* An ml_dtypes array as the uint16 array that NumPy can lend. 1: taken; 0: it lends none; -1: error. */
+static int take_ml_bfloat16(view *v, const call *c, PyObject *object) {
+    qz_type type;
+    PyObject *integers = PyObject_CallMethod(object, "view", "O", c->state->u16);
+    int taken = integers && PyObject_CheckBuffer(integers) ? take_buffer(v, integers) : -1;
+    Py_XDECREF(integers); /* the buffer keeps it alive */
+    if (taken < 0) return PyErr_Occurred() ? clear_unless_serious() : 0;
+    if (!buffer_type(&v->buffer, 1, &type) || type != QZ_BF16) {
+        qz_release(v);
+        return 0;
+    }
+    v->array.type = QZ_BF16;
+    v->is_ml_dtype = 1;
+    return 1;
 }
 
 /* The buffer, or integer view, or DLPack tensor of an object. 1: taken; 0: it offers none; -1: error. */
 static int take_memory(view *v, const call *c, const char *name, PyObject *object, int writable, const char *what) {
     if (PyObject_CheckBuffer(object)) {
-        if (take_buffer(v, object, writable) == 0) {
+        if (take_buffer(v, object) == 0) {
             if (!buffer_type(&v->buffer, c->raw_bfloat16, &v->array.type)) return raise_dtype(c, name, object, what);
-            return fill_from_buffer(v, c, name) < 0 ? -1 : 1;
+            if (fill_from_buffer(v, c, name) < 0 || check_writable(v, c, name, writable) < 0) return -1;
+            return 1;
         }
-        PyErr_Clear();
+        if (clear_unless_serious() < 0) return -1;
     }
     int ml = is_ml_bfloat16(c, object);
+    if (ml > 0) ml = take_ml_bfloat16(v, c, object);
     if (ml < 0) return -1;
-    if (ml) {
-        PyObject *integers = PyObject_CallMethod(object, "view", "O", c->state->u16);
-        int taken = integers ? take_buffer(v, integers, writable) : -1;
-        Py_XDECREF(integers); /* the buffer keeps it alive */
-        if (taken < 0) return -1;
-        v->array.type = QZ_BF16;
-        v->is_ml_dtype = 1;
-        return fill_from_buffer(v, c, name) < 0 ? -1 : 1;
-    }
+    if (ml) return fill_from_buffer(v, c, name) < 0 || check_writable(v, c, name, writable) < 0 ? -1 : 1;
     if (PyObject_HasAttrString(object, "dtype") && PyObject_CheckBuffer(object))
         return raise_dtype(c, name, object, what);
     return qz_take_dlpack(v, c, name, object, writable);
 }
 
+/* Lists and numbers as a new float64 array, other libraries' containers as the array that they say they are. */
+static int take_array_like(view *v, const call *c, const char *name, PyObject *object) {
+    static const char wanted[] = "floats, or a list of numbers";
+    int is_container = PyObject_HasAttrString(object, "__array__");
+    if (object == Py_None || PyUnicode_Check(object) || PyDict_Check(object))
+        return raise_dtype(c, name, object, wanted);
+    PyObject *array =
+        PyObject_CallFunctionObjArgs(c->state->asarray, object, is_container ? NULL : c->state->f64, NULL);
+    if (!array) return clear_unless_serious() < 0 ? -1 : raise_dtype(c, name, object, wanted);
+    int taken = take_memory(v, c, name, array, 0, float_kinds);
+    Py_DECREF(array); /* the buffer keeps it alive */
+    return taken == 0 ? raise_dtype(c, name, object, wanted) : taken;
+}
+
 int qz_take_floats(view *v, const call *c, const char *name, PyObject *object) {
     int taken = take_memory(v, c, name, object, 0, float_kinds);
+    if (taken == 0) taken = take_array_like(v, c, name, object);
     if (taken < 0) return -1;
-    if (taken == 0) { /* a list or a number */
-        if (object == Py_None || PyUnicode_Check(object) || PyDict_Check(object))
-            return raise_dtype(c, name, object, "an array");
-        PyObject *array = PyObject_CallFunctionObjArgs(c->state->asarray, object, c->state->f64, NULL);
-        if (!array) {
-            PyErr_Clear();
-            return raise_dtype(c, name, object, "an array, or a list of numbers");
-        }
-        taken = take_buffer(v, array, 0);
-        Py_DECREF(array);
-        v->array.type = QZ_F64;
-        return taken < 0 ? -1 : fill_from_buffer(v, c, name);
-    }
     if (v->array.type == QZ_U32) return raise_dtype(c, name, object, float_kinds);
-    return 0;
+    return qz_checked_count(c, name, v->array.shape, v->array.ndim) < 0 ? -1 : 0;
 }
 
 int qz_take_codes(view *v, const call *c, const char *name, PyObject *object) {
     int taken = take_memory(v, c, name, object, 0, code_kinds);
     if (taken < 0) return -1;
     if (taken == 0 || v->array.type != QZ_U32) return raise_dtype(c, name, object, code_kinds);
-    return 0;
+    return qz_checked_count(c, name, v->array.shape, v->array.ndim) < 0 ? -1 : 0;
 }
 
 static PyObject *new_array(const call *c, qz_type type, int ndim, const ptrdiff_t *shape) {
@@ -174,17 +214,23 @@ static int same_shape(const qz_array *a, int ndim, const ptrdiff_t *shape) {
     return 1;
 }
 
-/* Every element must have a place of its own. */
+/* Every element must have a place of its own. Strides of an array without elements mean nothing. */
 static int has_zero_stride(const qz_array *a) {
+    int found = 0;
     for (int i = 0; i < a->ndim; i++) {
-        if (a->shape[i] > 1 && a->strides[i] == 0) return 1;
+        if (a->shape[i] == 0) return 0;
+        found |= a->shape[i] > 1 && a->strides[i] == 0;
     }
-    return 0;
+    return found;
+}
+
+static const char *result_kind(qz_type type) {
+    return type == QZ_BF16 ? "bfloat16 (or uint16 for its bits)" : qz_type_name(type);
 }
 
 static int check_result(const view *v, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
                         const ptrdiff_t *shape) {
-    if (v->array.type != type) return raise_dtype(c, name, out, qz_type_name(type));
+    if (v->array.type != type) return raise_dtype(c, name, out, result_kind(type));
     if (!same_shape(&v->array, ndim, shape)) {
         PyObject *want = qz_shape_text(shape, ndim), *got = qz_shape_text(v->array.shape, v->array.ndim);
         if (want && got) qz_raise(PyExc_ValueError, c->op, "%s must have shape %U, got %U", name, want, got);
@@ -200,24 +246,17 @@ static int check_result(const view *v, const call *c, const char *name, PyObject
 
 int qz_take_result(view *v, PyObject **result, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
                    const ptrdiff_t *shape) {
-    if (qz_checked_count(c, shape, ndim) < 0) return -1;
+    if (qz_checked_count(c, name, shape, ndim) < 0) return -1;
     if (out == Py_None) {
         *result = new_array(c, type, ndim, shape);
-        if (!*result || take_buffer(v, *result, 1) < 0) return -1;
+        if (!*result || take_buffer(v, *result) < 0) return -1;
         v->array.type = type;
         return fill_from_buffer(v, c, name);
     }
     call raw = *c; /* a bfloat16 result may be given as uint16 */
-    view read_only = {0};
     raw.raw_bfloat16 = type == QZ_BF16;
-    int taken = take_memory(v, &raw, name, out, 1, qz_type_name(type));
-    if (taken == 0) {
-        PyErr_Clear();
-        taken = take_memory(&read_only, &raw, name, out, 0, qz_type_name(type));
-        qz_release(&read_only);
-        if (taken > 0) return qz_raise(PyExc_ValueError, c->op, "%s is read-only", name);
-        return taken < 0 ? -1 : raise_dtype(c, name, out, "an array");
-    }
+    int taken = take_memory(v, &raw, name, out, 1, result_kind(type));
+    if (taken == 0) return raise_dtype(c, name, out, result_kind(type));
     if (taken < 0 || check_result(v, c, name, out, type, ndim, shape) < 0) return -1;
     Py_INCREF(out);
     *result = out;
@@ -240,13 +279,11 @@ PyObject *qz_finish_result(const call *c, PyObject *result, qz_type type, int as
 static void address_range(const qz_array *a, uintptr_t *low, uintptr_t *high) {
     *low = (uintptr_t)a->data;
     *high = *low + (uintptr_t)qz_type_size(a->type);
+    for (int i = 0; i < a->ndim; i++) { /* unsigned: strides of arrays without elements may be anything */
+        *(a->strides[i] < 0 ? low : high) += ((uintptr_t)a->shape[i] - 1) * (uintptr_t)a->strides[i];
+    }
     for (int i = 0; i < a->ndim; i++) {
-        if (a->shape[i] == 0) {
-            *high = *low;
-            return;
-        }
-        ptrdiff_t reach = (a->shape[i] - 1) * a->strides[i];
-        *(reach < 0 ? low : high) += (uintptr_t)reach;
+        if (a->shape[i] == 0) *high = *low;
     }
 }
 

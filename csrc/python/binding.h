@@ -138,8 +138,8 @@ qz_type qz_promote(qz_type a, qz_type b);
 const char *qz_type_name(qz_type type);
 ptrdiff_t qz_type_size(qz_type type);
 
-/* Number of elements; -1 with ValueError set if it does not fit. */
-ptrdiff_t qz_checked_count(const call *c, const ptrdiff_t *shape, int ndim);
+/* Number of elements of an array of this name; -1 with ValueError set if it does not fit. */
+ptrdiff_t qz_checked_count(const call *c, const char *name, const ptrdiff_t *shape, int ndim);
 
 /* ---- running (check.c)
  * -------------------------------------------------------------------------------------------------- */

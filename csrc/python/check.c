@@ -61,8 +61,8 @@ int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t
     *value = PyNumber_AsSsize_t(object, PyExc_OverflowError);
     if (*value == -1 && PyErr_Occurred()) {
         if (!PyErr_ExceptionMatches(PyExc_OverflowError)) return -1;
-        PyErr_Clear();
-        return qz_raise(PyExc_ValueError, c->op, "%s is out of range, got %R", name, object);
+        PyErr_Clear(); /* without the number: Python refuses to print those of 4300 digits */
+        return qz_raise(PyExc_ValueError, c->op, "%s is out of range: it does not fit 64 bits", name);
     }
     *given = 1;
     return 0;
@@ -79,11 +79,22 @@ int qz_take_word(const call *c, const char *name, PyObject *object, const char *
     return qz_raise(PyExc_ValueError, c->op, "%s must be %s, got %R", name, list, object);
 }
 
+/* 0 if an object says that it is a dtype of the other byte order, of which the name tells nothing. */
+static int is_native(PyObject *object) {
+    PyObject *native = PyObject_GetAttrString(object, "isnative");
+    int is = native != Py_False;
+    if (!native) PyErr_Clear();
+    Py_XDECREF(native);
+    return is;
+}
+
 int qz_take_float_type(const call *c, const char *name, PyObject *object, qz_type otherwise, qz_type *type, int *ml) {
     static const char *const words[] = {"float32", "float16", "bfloat16"};
     static const qz_type types[] = {QZ_F32, QZ_F16, QZ_BF16};
     *type = otherwise;
     if (object == Py_None) return 0;
+    if (!is_native(object))
+        return qz_raise(PyExc_ValueError, c->op, "%s must have this machine's byte order, got %S", name, object);
     PyObject *word = PyUnicode_Check(object) ? PyObject_Str(object) : PyObject_GetAttrString(object, "name");
     if (!word || !PyUnicode_Check(word)) { /* numpy.float32 and its like have a dtype's name as __name__ */
         PyErr_Clear();
@@ -99,7 +110,7 @@ int qz_take_float_type(const call *c, const char *name, PyObject *object, qz_typ
     Py_DECREF(word);
     if (index < 0) return -1;
     *type = types[index];
-    *ml = *type == QZ_BF16 && !PyUnicode_Check(object);
+    *ml |= *type == QZ_BF16 && !PyUnicode_Check(object);
     return 0;
 }
 
@@ -151,17 +162,20 @@ ptrdiff_t qz_type_size(qz_type type) {
     return sizes[type];
 }
 
-ptrdiff_t qz_checked_count(const call *c, const ptrdiff_t *shape, int ndim) {
+/* No memory holds so many elements, but arrays with strides of 0 may claim to. What is derived from one size then fits
+ * too: at most 8 rows of scratch (csrc/cpu/matmul.c), each of at most 16 bytes for an element. */
+static const ptrdiff_t max_count = PTRDIFF_MAX / 1024;
+
+ptrdiff_t qz_checked_count(const call *c, const char *name, const ptrdiff_t *shape, int ndim) {
     ptrdiff_t count = 1;
-    int overflows = 0;
-    for (int i = 0; i < ndim; i++) {
-        if (shape[i] == 0) return 0;
-        overflows |= __builtin_mul_overflow(count, shape[i], &count);
+    int overflows = 0, empty = 0;
+    for (int i = 0; i < ndim; i++) { /* as in NumPy, the other axes of an empty array must be possible too */
+        empty |= shape[i] == 0;
+        if (shape[i] != 0) overflows |= __builtin_mul_overflow(count, shape[i], &count);
     }
-    /* Every element takes at most eight bytes. */
-    if (!overflows && count <= PTRDIFF_MAX / 8) return count;
+    if (!overflows && count <= max_count) return empty ? 0 : count;
     PyObject *text = qz_shape_text(shape, ndim);
-    if (text) qz_raise(PyExc_ValueError, c->op, "an array of shape %U is too large", text);
+    if (text) qz_raise(PyExc_ValueError, c->op, "%s of shape %U is too large", name, text);
     Py_XDECREF(text);
     return -1;
 }

@@ -28,7 +28,7 @@ static int quantize(const plan_object *plan, const call *c, view *x, view *y, Py
     qz_fake_quantize_args args = {x->array, y->array, bits};
     as_row(&args.x);
     as_row(&args.y);
-    ptrdiff_t count = qz_checked_count(c, args.x.shape, args.x.ndim);
+    ptrdiff_t count = qz_checked_count(c, "x", args.x.shape, args.x.ndim);
     if (count < 0) return -1;
     return qz_run_operation(plan, operation, &args, (double)count * 0.25);
 }

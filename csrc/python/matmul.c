@@ -160,7 +160,7 @@ static PyObject *multiply(const plan_object *plan, const call *c, const argument
     broadcast(&job.w, 2, dims, batch);
     broadcast(&job.scales, 2, dims, batch);
     broadcast(&job.biases, 2, dims, batch);
-    double work = (double)qz_checked_count(c, v->y.array.shape, v->y.array.ndim) * (double)k * 0.1;
+    double work = (double)qz_checked_count(c, "out", v->y.array.shape, v->y.array.ndim) * (double)k * 0.1;
     if (qz_run_operation(plan, operation, &job, work) < 0) return NULL;
     int as_ml = v->x.is_ml_dtype || v->scales.is_ml_dtype || v->biases.is_ml_dtype;
     PyObject *result = v->result;

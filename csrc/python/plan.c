@@ -18,7 +18,12 @@ static const op_row *find_op(const char *name) {
     for (int i = 0; i < OPS; i++) {
         if (strcmp(ops[i].name, name) == 0) return &ops[i];
     }
-    PyErr_Format(PyExc_ValueError, "Plan: there is no operation '%s'", name);
+    char list[256] = "";
+    for (int i = 0; i < OPS; i++) {
+        size_t used = strlen(list);
+        PyOS_snprintf(list + used, sizeof list - used, "%s%s", i ? ", " : "", ops[i].name);
+    }
+    qz_raise(PyExc_ValueError, "Plan", "there is no operation '%s'; there are %s", name, list);
     return NULL;
 }
 
@@ -30,16 +35,16 @@ static const qz_device *find_device(const char *name) {
         PyErr_Format(PyExc_RuntimeError, "device '%s' is %s; 'cpu' and 'auto' would work", name, why_not);
         return NULL;
     }
-    PyErr_Format(PyExc_RuntimeError, "there is no device '%s'; 'cpu', 'metal' and 'auto' are known", name);
+    PyErr_Format(PyExc_RuntimeError, "there is no device '%s'; 'cpu' and 'auto' would work", name);
     return NULL;
 }
 
-/* "a, b or c", the ISAs that this machine has (or all). */
-static void list_isas(int all, char *text, size_t size) {
+/* "a, b, c", the ISAs that this machine has. */
+static void list_isas(char *text, size_t size) {
     char why[256];
     text[0] = '\0';
     for (int i = 0; i < QZ_ISA_COUNT; i++) {
-        if (!all && qz_isa_unavailable(&qz_isas[i], why, sizeof why)) continue;
+        if (qz_isa_unavailable(&qz_isas[i], why, sizeof why)) continue;
         if (text[0]) strncat(text, ", ", size - strlen(text) - 1);
         strncat(text, qz_isas[i].name, size - strlen(text) - 1);
     }
@@ -51,27 +56,50 @@ static const qz_kernels *find_kernels(const char *isa) {
     for (int i = 0; i < QZ_ISA_COUNT; i++) {
         if (strcmp(qz_isas[i].name, isa) != 0) continue;
         if (!qz_isa_unavailable(&qz_isas[i], why, sizeof why)) return qz_isas[i].kernels;
-        list_isas(0, list, sizeof list);
+        list_isas(list, sizeof list);
         PyErr_Format(PyExc_RuntimeError, "ISA '%s' is not available: %s; here are %s", isa, why, list);
         return NULL;
     }
-    list_isas(1, list, sizeof list);
-    PyErr_Format(PyExc_RuntimeError, "there is no ISA '%s'; known are %s", isa, list);
+    list_isas(list, sizeof list);
+    PyErr_Format(PyExc_RuntimeError, "there is no ISA '%s'; here are %s", isa, list);
     return NULL;
+}
+
+/* The UTF-8 text of a string; `otherwise` if the object is NULL or None. -1 with an exception set. */
+static int take_text(const call *c, const char *name, PyObject *object, const char *otherwise, const char **text) {
+    *text = otherwise;
+    if (!object || object == Py_None) return 0;
+    if (PyUnicode_Check(object)) {
+        *text = PyUnicode_AsUTF8AndSize(object, NULL);
+        return *text ? 0 : -1;
+    }
+    PyObject *kind = PyType_GetName(Py_TYPE(object));
+    if (kind) qz_raise(PyExc_TypeError, c->op, "%s must be a string, got %U", name, kind);
+    Py_XDECREF(kind);
+    return -1;
 }
 
 static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"op", "device", "isa", "threads", NULL};
-    const char *op_name, *device_name = "auto", *isa = NULL;
-    int threads = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "s|szi", names, &op_name, &device_name, &isa, &threads)) return NULL;
+    PyObject *op_object, *device_object = NULL, *isa_object = NULL, *threads_object = Py_None;
+    const char *op_name, *device_name, *isa;
+    const call c = {.op = "Plan"};
+    ptrdiff_t threads = 0;
+    int given;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "U|OOO:Plan", names, &op_object, &device_object, &isa_object,
+                                     &threads_object) ||
+        take_text(&c, "op", op_object, NULL, &op_name) < 0 ||
+        take_text(&c, "device", device_object, "auto", &device_name) < 0 ||
+        take_text(&c, "isa", isa_object, NULL, &isa) < 0 ||
+        qz_take_integer(&c, "threads", threads_object, &threads, &given) < 0)
+        return NULL;
     const op_row *op = find_op(op_name);
     if (!op) return NULL;
     const qz_device *device = strcmp(device_name, "auto") == 0 ? &qz_cpu_device : find_device(device_name);
     const qz_kernels *kernels = device ? find_kernels(isa) : NULL;
     if (!kernels) return NULL;
     if (threads < 0 || threads > 1024) {
-        return PyErr_Format(PyExc_ValueError, "Plan: threads must be between 1 and 1024 (0: the default), got %d",
+        return PyErr_Format(PyExc_ValueError, "Plan: threads must be between 1 and 1024 (0: the default), got %zd",
                             threads);
     }
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -79,7 +107,7 @@ static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) 
     if (!self) return NULL;
     self->plan = (qz_plan){device, kernels};
     self->op = op;
-    self->threads = threads;
+    self->threads = (int)threads;
     return (PyObject *)self;
 }
 

@@ -1,3 +1,4 @@
+#include <stdio.h>
 #include <string.h>
 
 #include "binding.h"
@@ -40,10 +41,6 @@ static int check_last_axis(const call *c, const qz_array *w, const qz_format *fo
         return qz_raise(PyExc_ValueError, c->op, "w.shape[-1] must be a multiple of group_size=%zd, got %zd (%s)",
                         group_size, k, hint);
     }
-    if (k * format->bits % 32 != 0) {
-        return qz_raise(PyExc_ValueError, c->op, "w.shape[-1] = %zd codes of %d bits do not fill whole 32-bit words", k,
-                        format->bits);
-    }
     return 0;
 }
 
@@ -54,6 +51,16 @@ typedef struct quantize_views {
 
 static const char *const result_names[] = {"out[0] (codes)", "out[1] (scales)", "out[2] (biases)"};
 
+static int check_outputs(const call *c, PyObject *out) {
+    static const char wanted[] = "out must be a tuple (codes, scales, biases), with None for a new array";
+    if (out == Py_None || (PyTuple_Check(out) && PyTuple_Size(out) == 3)) return 0;
+    if (PyTuple_Check(out)) return qz_raise(PyExc_ValueError, c->op, "%s, got %zd entries", wanted, PyTuple_Size(out));
+    PyObject *kind = PyType_GetName(Py_TYPE(out));
+    if (kind) qz_raise(PyExc_TypeError, c->op, "%s, got %U", wanted, kind);
+    Py_XDECREF(kind);
+    return -1;
+}
+
 /* The three outputs, from `out`, a tuple with None where a new array is wanted. */
 static int take_outputs(quantize_views *v, const call *c, PyObject *out, const qz_format *format, ptrdiff_t group_size,
                         qz_type scale_type) {
@@ -63,10 +70,7 @@ static int take_outputs(quantize_views *v, const call *c, PyObject *out, const q
     memcpy(groups, v->w.array.shape, sizeof groups);
     groups[last] = words[last] / group_size;
     words[last] = words[last] / 32 * format->bits + words[last] % 32 * format->bits / 32;
-    if (out != Py_None && (!PyTuple_Check(out) || PyTuple_Size(out) != 3)) {
-        return qz_raise(PyExc_TypeError, c->op,
-                        "out must be a tuple (codes, scales, biases), with None for a new array");
-    }
+    if (check_outputs(c, out) < 0) return -1;
     for (int i = 0; i < 3; i++) {
         PyObject *given = out == Py_None ? Py_None : PyTuple_GetItem(out, i);
         qz_type type = i == 0 ? QZ_U32 : scale_type;
@@ -120,7 +124,7 @@ static PyObject *quantize(const plan_object *plan, const call *c, PyObject *cons
     if (qz_take_float_type(c, "scale_dtype", args[5], own, &scale_type, &as_ml) < 0) return NULL;
     const qz_format *format = &qz_formats[job.format];
     if (check_last_axis(c, &v->w.array, format, o.group_size) < 0) return NULL;
-    ptrdiff_t count = qz_checked_count(c, v->w.array.shape, v->w.array.ndim);
+    ptrdiff_t count = qz_checked_count(c, "w", v->w.array.shape, v->w.array.ndim);
     if (count < 0 || take_outputs(v, c, args[6], format, o.group_size, scale_type) < 0) return NULL;
     job.w = v->w.array;
     job.codes = v->result[0].array;
@@ -187,13 +191,41 @@ int qz_take_packing(packing *p, const call *c, PyObject *group_size, PyObject *b
     return qz_take_integer(c, "bits", bits, &p->bits, &p->has_bits);
 }
 
+/* Says what does not fit what was given or inferred, and what would. `features` as asked for, -1: any number. */
+static int raise_packing(const call *c, const char *mode, const packing *p, ptrdiff_t words, ptrdiff_t groups,
+                         ptrdiff_t features) {
+    char list[192] = "";
+    size_t used = 0;
+    for (int row = 0; groups > 0 && row < QZ_FORMATS; row++) {
+        for (int slot = 0; slot < QZ_GROUP_SLOTS; slot++) {
+            int size = qz_formats[row].group_sizes[slot], bits = qz_formats[row].bits;
+            if (!size || strcmp(qz_formats[row].mode, mode) != 0 || words * 32 != groups * size * bits) continue;
+            if (used >= sizeof list) continue;
+            used += (size_t)snprintf(list + used, sizeof list - used, "%sbits=%d and group_size=%d for %td features",
+                                     used ? ", " : " (would fit: ", bits, size, groups * size);
+        }
+    }
+    const char *end = used ? ")" : "";
+    if (features >= 0) {
+        return qz_raise(PyExc_ValueError, c->op,
+                        "w.shape[-1] = %zd words and scales.shape[-1] = %zd groups do not hold %zd features%s%s", words,
+                        groups, features, list, end);
+    }
+    return qz_raise(
+        PyExc_ValueError, c->op,
+        "w.shape[-1] = %zd words of %zd-bit codes and scales.shape[-1] = %zd groups of %zd do not agree%s%s", words,
+        p->bits, groups, p->group_size, list, end);
+}
+
 int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t words, ptrdiff_t groups, ptrdiff_t features,
                      int *slot) {
-    if (p->has_group_size && p->group_size > 0 && features < 0 && p->group_size <= PTRDIFF_MAX / 64 / (groups + 1)) {
-        features = groups * p->group_size;
-    }
-    if (features < 0 && p->has_bits && p->bits > 0 && words <= PTRDIFF_MAX / 64) features = words * 32 / p->bits;
-    if (features > 0 && !p->has_bits && words <= PTRDIFF_MAX / 64 && words * 32 % features == 0) {
+    const int all_given = p->has_bits && p->has_group_size;
+    const ptrdiff_t asked = all_given ? -1 : features;
+    const ptrdiff_t given_bits = p->has_bits ? p->bits : 4, given_size = p->has_group_size ? p->group_size : 64;
+    if (qz_take_format(c, mode, given_bits, given_size, slot) < 0) return -1;
+    if (features < 0 && p->has_group_size) features = groups * p->group_size;
+    if (features < 0 && p->has_bits) features = words * 32 / p->bits;
+    if (features > 0 && !p->has_bits && words * 32 % features == 0) {
         p->bits = words * 32 / features;
         p->has_bits = 1;
     }
@@ -203,16 +235,9 @@ int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t word
     }
     if (!p->has_bits) p->bits = 4;
     if (!p->has_group_size) p->group_size = 64;
-    int row = qz_take_format(c, mode, p->bits, p->group_size, slot);
-    if (row < 0) return -1;
-    if (groups > PTRDIFF_MAX / 1024 || words > PTRDIFF_MAX / 64 || words * 32 != groups * p->group_size * p->bits) {
-        return qz_raise(
-            PyExc_ValueError, c->op,
-            "w.shape[-1] = %zd words of %zd-bit codes and scales.shape[-1] = %zd groups of %zd do not agree: "
-            "%zd words hold %zd groups",
-            words, p->bits, groups, p->group_size, words, words * 32 / p->bits / p->group_size);
-    }
-    return row;
+    int row = qz_find_format(mode, p->bits, p->group_size, slot);
+    if (row >= 0 && words * 32 == groups * p->group_size * p->bits) return row;
+    return raise_packing(c, mode, p, words, groups, asked);
 }
 
 static PyObject *dequantize(const plan_object *plan, const call *c, PyObject *const *args, dequantize_views *v) {
@@ -232,7 +257,7 @@ static PyObject *dequantize(const plan_object *plan, const call *c, PyObject *co
     int as_ml = v->scales.is_ml_dtype || v->biases.is_ml_dtype;
     job.product_type = qz_promote(v->scales.array.type, v->biases.array.type);
     if (qz_take_float_type(c, "dtype", args[6], job.product_type, &type, &as_ml) < 0) return NULL;
-    ptrdiff_t count = qz_checked_count(c, shape, last + 1);
+    ptrdiff_t count = qz_checked_count(c, "out", shape, last + 1);
     if (count < 0 || qz_take_result(&v->w, &v->result, c, "out", args[8], type, last + 1, shape) < 0) return NULL;
     if (qz_refuse_overlap(c, "out", &v->w, "w", &v->codes) < 0) return NULL;
     if (qz_refuse_overlap(c, "out", &v->w, "scales", &v->scales) < 0) return NULL;

@@ -13,6 +13,8 @@ typedef __m256 v_f32;
 typedef __m256i v_i32;
 typedef __m256i v_u8;
 
+#include "dot.h"
+
 static inline v_f32 load_f32(const float *from) { return _mm256_loadu_ps(from); }
 static inline void store_f32(float *to, v_f32 v) { _mm256_storeu_ps(to, v); }
 static inline void stream_f32(float *to, v_f32 v) { _mm256_stream_ps(to, v); }
@@ -73,7 +75,7 @@ static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
     _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-/* Integer dots (simd/dot.h). */
+/* Integer dots. */
 
 #define QZ_DOT_NAME "vpmaddubsw"
 #define QZ_DOT_ZERO(bits) 0

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -37,14 +37,23 @@ def current_settings() -> Settings | None:
 def compile_plan(op: str, settings: Settings | None) -> _C.Plan:
     """Resolve an operation's device and ISA: settings first, then the environment, then the best there is."""
     asked = settings or Settings()
-    where = asked.device or os.environ.get("QUANTIZATION_DEVICE") or "auto"
-    return _C.Plan(op, where, asked.isa or os.environ.get("QUANTIZATION_ISA") or None, asked.threads)
+    variables = {"device": "QUANTIZATION_DEVICE", "isa": "QUANTIZATION_ISA"}
+    names, said_by = {}, ""
+    for kind, variable in variables.items():
+        name = getattr(asked, kind)
+        if name is None and (name := os.environ.get(variable) or None):
+            said_by += f" ({variable}={name} is in the environment)"
+        names[kind] = name
+    try:
+        return _C.Plan(op, threads=asked.threads, **names)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}{said_by}") from None
 
 
 @contextlib.contextmanager
-def _override(**changes: str | int) -> Iterator[None]:
-    settings = (_current.get() or Settings())._replace(**changes)
-    compile_plan("quantize", settings)
+def _use(change: Callable[[Settings], Settings]) -> Iterator[None]:
+    settings = change(_current.get() or Settings())
+    compile_plan("quantize", settings)  # refuses on entering what is not there
     token = _current.set(settings)
     try:
         yield
@@ -71,7 +80,7 @@ def device(name: str) -> contextlib.AbstractContextManager[None]:
     >>> with q.device("cpu"):
     ...     y = q.quantize([0.5], bits=2)
     """
-    return _override(device=name)
+    return _use(lambda settings: settings._replace(device=name))
 
 
 def isa(name: str) -> contextlib.AbstractContextManager[None]:
@@ -96,7 +105,7 @@ def isa(name: str) -> contextlib.AbstractContextManager[None]:
     >>> with q.isa("generic"):
     ...     y = q.quantize([0.5], bits=2)
     """
-    return _override(isa=name)
+    return _use(lambda settings: settings._replace(isa=name))
 
 
 def threads(n: int) -> contextlib.AbstractContextManager[None]:
@@ -121,7 +130,8 @@ def threads(n: int) -> contextlib.AbstractContextManager[None]:
     >>> with q.threads(1):
     ...     y = q.quantize([0.5], bits=2)
     """
-    return _override(threads=_C.check_num_threads(n))
+    limit = _C.check_num_threads(n)
+    return _use(lambda settings: settings._replace(threads=limit))
 
 
 def set_num_threads(n: int | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import re
 from collections.abc import Sequence
@@ -55,7 +54,6 @@ class Format:
         return product
 
 
-@functools.cache
 def known_formats() -> tuple[Format, ...]:
     """Every format of the table that the extension was built from, in the table's order."""
     choices = [(row["mode"], row["bits"], group) for row in _C.formats() for group in row["group_sizes"]]

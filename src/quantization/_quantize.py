@@ -187,8 +187,7 @@ def affine_dequantize(
     Returns
     -------
     numpy.ndarray, shape (..., K)
-        bfloat16 is an ml_dtypes array if an input or `dtype` was, else uint16 bits. Which bits a NaN has is not
-        specified.
+        bfloat16 is an ml_dtypes array if an input or `dtype` was, else uint16 bits.
 
     Raises
     ------

@@ -1,0 +1,23 @@
+#include "../arch.h"
+#if QZ_AARCH64
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+/* The two compilers spell the feature differently, and before version 16 clang's header leaves out the dot product
+ * intrinsics where the whole build lacks them, target region or not. */
+#ifdef __clang__
+#ifndef __ARM_FEATURE_DOTPROD
+#define __ARM_FEATURE_DOTPROD 1
+#endif
+QZ_TARGET_BEGIN("dotprod")
+#else
+#include <arm_neon.h>
+QZ_TARGET_BEGIN("arch=armv8.2-a+dotprod")
+#endif
+#define QZ_ISA_NAME neon_dotprod
+#include "../simd/neon_dotprod.h"
+
+#include "../kernels/vector.h"
+QZ_TARGET_END
+#endif

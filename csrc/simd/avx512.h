@@ -1,0 +1,125 @@
+/* The vector primitives on AVX-512 with BW, DQ, VBMI and VNNI: sixteen lanes. Contracts: simd/generic.h and simd/dot.h.
+ * The unit that includes this brings the intrinsics, real or emulated. */
+#ifndef QZ_SIMD_AVX512_H
+#define QZ_SIMD_AVX512_H
+
+#include "../half.h"
+#include "bits.h"
+
+#define QZ_LANES 16
+
+typedef __m512 v_f32;
+typedef __m512i v_i32;
+typedef __m512i v_u8;
+
+#include "dot.h"
+
+static inline v_f32 load_f32(const float *from) { return _mm512_loadu_ps(from); }
+static inline void store_f32(float *to, v_f32 v) { _mm512_storeu_ps(to, v); }
+static inline void stream_f32(float *to, v_f32 v) { _mm512_stream_ps(to, v); }
+static inline void stream_end(void) { _mm_sfence(); }
+static inline v_i32 load_i32(const int32_t *from) { return _mm512_loadu_si512(from); }
+static inline void store_i32(int32_t *to, v_i32 v) { _mm512_storeu_si512(to, v); }
+
+static inline v_f32 set1_f32(float x) { return _mm512_set1_ps(x); }
+static inline v_i32 set1_i32(int32_t x) { return _mm512_set1_epi32(x); }
+static inline v_i32 bits_of_f32(v_f32 v) { return _mm512_castps_si512(v); }
+static inline v_f32 f32_of_bits(v_i32 v) { return _mm512_castsi512_ps(v); }
+
+static inline v_f32 add_f32(v_f32 a, v_f32 b) { return _mm512_add_ps(a, b); }
+static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return _mm512_sub_ps(a, b); }
+static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return _mm512_mul_ps(a, b); }
+static inline v_f32 div_f32(v_f32 a, v_f32 b) { return _mm512_div_ps(a, b); }
+static inline v_f32 fma_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline v_f32 min_f32(v_f32 a, v_f32 b) { return _mm512_min_ps(a, b); }
+static inline v_f32 max_f32(v_f32 a, v_f32 b) { return _mm512_max_ps(a, b); }
+static inline v_f32 trunc_f32(v_f32 v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_ZERO); }
+
+static inline v_i32 add_i32(v_i32 a, v_i32 b) { return _mm512_add_epi32(a, b); }
+static inline v_i32 sub_i32(v_i32 a, v_i32 b) { return _mm512_sub_epi32(a, b); }
+static inline v_i32 and_i32(v_i32 a, v_i32 b) { return _mm512_and_si512(a, b); }
+static inline v_i32 or_i32(v_i32 a, v_i32 b) { return _mm512_or_si512(a, b); }
+static inline v_i32 xor_i32(v_i32 a, v_i32 b) { return _mm512_xor_si512(a, b); }
+static inline v_i32 max_i32(v_i32 a, v_i32 b) { return _mm512_max_epi32(a, b); }
+static inline v_i32 greater_i32(v_i32 a, v_i32 b) { return _mm512_movm_epi32(_mm512_cmpgt_epi32_mask(a, b)); }
+/* 0xca is the truth table of mask ? yes : no. */
+static inline v_i32 select_i32(v_i32 mask, v_i32 yes, v_i32 no) {
+    return _mm512_ternarylogic_epi32(mask, yes, no, 0xca);
+}
+#define shr_u32(v, count) _mm512_srli_epi32(v, count)
+#define shl_i32(v, count) _mm512_slli_epi32(v, count)
+
+static inline v_f32 f32_from_i32(v_i32 v) { return _mm512_cvtepi32_ps(v); }
+static inline v_i32 i32_from_f32_truncate(v_f32 v) { return _mm512_cvttps_epi32(v); }
+static inline v_i32 i32_from_f32_nearest(v_f32 v) { return _mm512_cvtps_epi32(v); }
+
+static inline v_i32 i32_from_u8(const uint8_t *from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+static inline v_i32 i32_from_u16(const uint16_t *from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+}
+static inline void store_low_u8(uint8_t *to, v_i32 v) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(v)); }
+static inline void store_low_u16(uint16_t *to, v_i32 v) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(v));
+}
+static inline v_f32 f32_from_f16(const uint16_t *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}
+static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+/* Integer dots. */
+
+#define QZ_DOT_NAME "vpdpbusd"
+#define QZ_DOT_ZERO(bits) 0
+
+static inline v_u8 u8_of_i32(v_i32 v) { return v; }
+static inline v_u8 load_u8(const void *from) { return _mm512_loadu_si512(from); }
+
+static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
+    (void)bits;
+    return _mm512_dpbusd_epi32(sum, codes, digits);
+}
+
+static inline v_i32 add_neighbours(v_i32 a, v_i32 b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
+}
+
+/* The unpacking leaves in 128-bit lane i of q0...q3 the elements 16 i + (0...15); the rest transposes those lanes. */
+static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d) {
+    __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
+    __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
+    __m512i q0 = _mm512_unpacklo_epi16(ab_low, cd_low), q1 = _mm512_unpackhi_epi16(ab_low, cd_low);
+    __m512i q2 = _mm512_unpacklo_epi16(ab_high, cd_high), q3 = _mm512_unpackhi_epi16(ab_high, cd_high);
+    __m512i q01_low = _mm512_shuffle_i32x4(q0, q1, 0x44), q01_high = _mm512_shuffle_i32x4(q0, q1, 0xee);
+    __m512i q23_low = _mm512_shuffle_i32x4(q2, q3, 0x44), q23_high = _mm512_shuffle_i32x4(q2, q3, 0xee);
+    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(q01_low, q23_low, 0x88));
+    _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(q01_low, q23_low, 0xdd));
+    _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(q01_high, q23_high, 0x88));
+    _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(q01_high, q23_high, 0xdd));
+}
+
+/* 64 codes at a time, of any width: VPERMB brings the `bits` bytes of eight codes into each 64-bit lane, VPMULTISHIFTQB
+ * takes from it the eight bits at 0, bits, ..., 7 * bits, and the mask drops those of the next code. */
+static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
+    const __m512i bytes_of_lane = _mm512_set1_epi64(0x0706050403020100);
+    const __m512i lanes =
+        _mm512_setr_epi64(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303, 0x0404040404040404,
+                          0x0505050505050505, 0x0606060606060606, 0x0707070707070707);
+    /* No product of bytes passes 7 * 8, so whole 16- and 64-bit lanes multiply them without a carry. */
+    const __m512i fetch = _mm512_add_epi8(bytes_of_lane, _mm512_mullo_epi16(lanes, _mm512_set1_epi16((short)bits)));
+    const __m512i shifts = _mm512_set1_epi64(0x0706050403020100 * bits);
+    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    for (ptrdiff_t i = 0; i < count; i += 64) {
+        ptrdiff_t some = count - i < 64 ? count - i : 64; /* a multiple of 8 */
+        __m512i bytes = _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - some / 8 * bits), packed + i / 8 * bits);
+        bytes = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(fetch, bytes));
+        _mm512_mask_storeu_epi8(codes + i, ~UINT64_C(0) >> (64 - some), _mm512_and_si512(bytes, mask));
+    }
+}
+
+#endif

@@ -1,0 +1,153 @@
+/* The vector primitives on AArch64's base instruction set: four lanes. Contracts: simd/generic.h and simd/dot.h. */
+#ifndef QZ_SIMD_NEON_H
+#define QZ_SIMD_NEON_H
+
+#include <arm_neon.h>
+
+#include "../half.h"
+#include "bits.h"
+
+#define QZ_LANES 4
+
+typedef float32x4_t v_f32;
+typedef int32x4_t v_i32;
+typedef uint8x16_t v_u8;
+
+#include "dot.h"
+
+static inline v_f32 load_f32(const float *from) { return vld1q_f32(from); }
+static inline void store_f32(float *to, v_f32 v) { vst1q_f32(to, v); }
+static inline void stream_f32(float *to, v_f32 v) { vst1q_f32(to, v); }
+static inline void stream_end(void) {}
+static inline v_i32 load_i32(const int32_t *from) { return vld1q_s32(from); }
+static inline void store_i32(int32_t *to, v_i32 v) { vst1q_s32(to, v); }
+
+static inline v_f32 set1_f32(float x) { return vdupq_n_f32(x); }
+static inline v_i32 set1_i32(int32_t x) { return vdupq_n_s32(x); }
+static inline v_i32 bits_of_f32(v_f32 v) { return vreinterpretq_s32_f32(v); }
+static inline v_f32 f32_of_bits(v_i32 v) { return vreinterpretq_f32_s32(v); }
+
+static inline v_f32 add_f32(v_f32 a, v_f32 b) { return vaddq_f32(a, b); }
+static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return vsubq_f32(a, b); }
+static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return vmulq_f32(a, b); }
+static inline v_f32 div_f32(v_f32 a, v_f32 b) { return vdivq_f32(a, b); }
+static inline v_f32 fma_f32(v_f32 a, v_f32 b, v_f32 c) { return vfmaq_f32(c, a, b); }
+/* FMIN and FMAX would give NaN where either operand is NaN, and tell -0 from 0. */
+static inline v_f32 min_f32(v_f32 a, v_f32 b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+static inline v_f32 max_f32(v_f32 a, v_f32 b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+static inline v_f32 trunc_f32(v_f32 v) { return vrndq_f32(v); }
+
+static inline v_i32 add_i32(v_i32 a, v_i32 b) { return vaddq_s32(a, b); }
+static inline v_i32 sub_i32(v_i32 a, v_i32 b) { return vsubq_s32(a, b); }
+static inline v_i32 and_i32(v_i32 a, v_i32 b) { return vandq_s32(a, b); }
+static inline v_i32 or_i32(v_i32 a, v_i32 b) { return vorrq_s32(a, b); }
+static inline v_i32 xor_i32(v_i32 a, v_i32 b) { return veorq_s32(a, b); }
+static inline v_i32 max_i32(v_i32 a, v_i32 b) { return vmaxq_s32(a, b); }
+static inline v_i32 greater_i32(v_i32 a, v_i32 b) { return vreinterpretq_s32_u32(vcgtq_s32(a, b)); }
+static inline v_i32 select_i32(v_i32 mask, v_i32 yes, v_i32 no) {
+    return vbslq_s32(vreinterpretq_u32_s32(mask), yes, no);
+}
+#define shr_u32(v, count) vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(v), count))
+#define shl_i32(v, count) vshlq_n_s32(v, count)
+
+static inline v_f32 f32_from_i32(v_i32 v) { return vcvtq_f32_s32(v); }
+static inline v_i32 i32_from_f32_truncate(v_f32 v) { return vcvtq_s32_f32(v); }
+static inline v_i32 i32_from_f32_nearest(v_f32 v) { return vcvtnq_s32_f32(v); }
+
+static inline v_i32 i32_from_u16(const uint16_t *from) { return vreinterpretq_s32_u32(vmovl_u16(vld1_u16(from))); }
+static inline v_i32 i32_from_u8(const uint8_t *from) {
+    uint32_t four;
+    memcpy(&four, from, sizeof four);
+    uint16x8_t wide = vmovl_u8(vcreate_u8(four));
+    return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
+}
+static inline void store_low_u16(uint16_t *to, v_i32 v) { vst1_u16(to, vmovn_u32(vreinterpretq_u32_s32(v))); }
+static inline void store_low_u8(uint8_t *to, v_i32 v) {
+    uint16x4_t halves = vmovn_u32(vreinterpretq_u32_s32(v));
+    uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
+    memcpy(to, &four, sizeof four);
+}
+static inline v_f32 f32_from_f16(const uint16_t *from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+static inline void store_f16_from_f32(uint16_t *to, v_f32 v) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+
+/* Integer dots. Only signed bytes multiply signed bytes: codes of 8 bits are moved to -128...127. */
+
+#define QZ_DOT_ZERO(bits) ((bits) == 8 ? 128 : 0)
+
+static inline v_u8 u8_of_i32(v_i32 v) { return vreinterpretq_u8_s32(v); }
+static inline v_u8 load_u8(const void *from) { return vld1q_u8(from); }
+
+static inline int8x16_t signed_codes(v_u8 codes, int bits) {
+    return vreinterpretq_s8_u8(bits == 8 ? veorq_u8(codes, vdupq_n_u8(128)) : codes);
+}
+
+#ifndef QZ_DOT_NAME /* else neon_dotprod.h brings dot4 */
+#define QZ_DOT_NAME "smull"
+
+/* Two products of a 7-bit code and an int8 add up within int16: 2 * 127 * 128 = 32512. Two of a code of -128 and a
+ * digit of -128 do not: 8 bits add in 32. */
+static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
+    int8x16_t c = signed_codes(codes, bits), d = vreinterpretq_s8_u8(digits);
+    int16x8_t low = vmull_s8(vget_low_s8(c), vget_low_s8(d)), high = vmull_high_s8(c, d);
+    if (bits < 8) return vpadalq_s16(sum, vpaddq_s16(low, high));
+    return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+}
+#endif
+
+static inline v_i32 add_neighbours(v_i32 a, v_i32 b) { return vpaddq_s32(a, b); }
+
+static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d) {
+    const uint8x16x4_t all = {{a, b, c, d}};
+    vst4q_u8(to, all);
+}
+
+/* How 16 codes lie in their 2 * bits bytes: code i begins in byte first[i], down[i] bits from its low end (USHL shifts
+ * right by negative counts), and may go on in the byte after. */
+typedef struct code_places {
+    uint8x16_t first, mask;
+    int8x16_t down;
+} code_places;
+
+static inline code_places places_of_codes(int bits) {
+    const uint8x16_t ranks = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const uint8x16_t bit = vmulq_u8(ranks, vdupq_n_u8((uint8_t)bits));
+    code_places p;
+    p.first = vshrq_n_u8(bit, 3);
+    p.down = vnegq_s8(vreinterpretq_s8_u8(vandq_u8(bit, vdupq_n_u8(7))));
+    p.mask = vdupq_n_u8((uint8_t)((1 << bits) - 1));
+    return p;
+}
+
+/* The 16 codes that begin at byte `at` of bytes. TBL gives 0 for the byte beyond the last. */
+static inline uint8x16_t fetch_16_codes(uint8x16_t bytes, ptrdiff_t at, const code_places *p) {
+    const uint8x16_t first = vaddq_u8(p->first, vdupq_n_u8((uint8_t)at));
+    const uint8x16_t next = vaddq_u8(first, vdupq_n_u8(1));
+    uint8x16_t low = vshlq_u8(vqtbl1q_u8(bytes, first), p->down);
+    uint8x16_t high = vshlq_u8(vqtbl1q_u8(bytes, next), vaddq_s8(p->down, vdupq_n_s8(8)));
+    return vandq_u8(vorrq_u8(low, high), p->mask);
+}
+
+/* Sixteen codes a step. Bytes are read 16 at a time; where fewer than 16 are left, all further codes come out of the
+ * last 16, or of a copy if there are not so many. */
+static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
+    const code_places places = places_of_codes(bits);
+    const ptrdiff_t size = count / 8 * bits;
+    ptrdiff_t i = 0, at = 0;
+    if (bits == 8) {
+        memcpy(codes, packed, (size_t)count);
+        return;
+    }
+    for (; at + 16 <= size; i += 16, at += 2 * bits) {
+        vst1q_u8(codes + i, fetch_16_codes(vld1q_u8(packed + at), 0, &places));
+    }
+    uint8_t few[16] = {0};
+    if (size < 16) memcpy(few, packed, (size_t)size);
+    const uint8x16_t last = vld1q_u8(size < 16 ? few : packed + size - 16);
+    const ptrdiff_t base = size < 16 ? 0 : size - 16;
+    for (; i + 16 <= count; i += 16, at += 2 * bits) {
+        vst1q_u8(codes + i, fetch_16_codes(last, at - base, &places));
+    }
+    unpack_bits_by_8(codes + i, packed + at, bits, count - i);
+}
+
+#endif
