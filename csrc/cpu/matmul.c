@@ -155,7 +155,24 @@ static int batch_is_shared(const qz_array *array) {
     return 1;
 }
 
-static void point_at_weights(chunk *c, ptrdiff_t matrix, char *copy) {
+/* Where words of a row are not contiguous, kernels read a copy. */
+typedef struct words_copy {
+    char *to;
+    const char *from;
+    const qz_array *w;
+} words_copy;
+
+static void copy_words(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    const words_copy *j = context;
+    const ptrdiff_t words = qz_last(j->w), stride = qz_last_stride(j->w), row_stride = j->w->strides[j->w->ndim - 2];
+    for (ptrdiff_t r = begin; r < end; r++) {
+        for (ptrdiff_t i = 0; i < words; i++) {
+            memcpy(j->to + (r * words + i) * 4, j->from + r * row_stride + i * stride, 4);
+        }
+    }
+}
+
+static qz_status point_at_weights(chunk *c, ptrdiff_t matrix, char *copy, const qz_run *run) {
     const qz_matmul_args *a = c->args;
     const int dims = a->w.ndim - 2;
     const qz_array *w = &a->w;
@@ -174,14 +191,11 @@ static void point_at_weights(chunk *c, ptrdiff_t matrix, char *copy) {
         a->scales.type,
         a->biases.type,
     };
-    if (!copy) return;
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        for (ptrdiff_t i = 0; i < words; i++) {
-            memcpy(copy + (r * words + i) * 4, data + r * w->strides[dims] + i * w->strides[dims + 1], 4);
-        }
-    }
+    if (!copy) return QZ_OK;
     c->base.w = (const uint8_t *)copy;
     c->base.w_row_stride = words * 4;
+    words_copy job = {copy, data, w};
+    return qz_parallel(copy_words, &job, rows, 16384 / (words + 1) + 1, run);
 }
 
 /* All scratch of a call, taken before anything is written: the prepared rows, one row for the definition, flags, and a
@@ -191,13 +205,20 @@ typedef struct buffers {
     ptrdiff_t max_rows;
 } buffers;
 
+/* Whether every float32 of the array stands where C allows a float to stand. */
+static int is_aligned(const qz_array *array) {
+    uintptr_t places = (uintptr_t)array->data;
+    for (int i = 0; i < array->ndim; i++) places |= (uintptr_t)array->strides[i];
+    return places % sizeof(float) == 0;
+}
+
 static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows) {
     const qz_matmul_args *a = c->args;
     const qz_array *w = &a->w;
     size_t k = (size_t)c->k, digits = (size_t)a->digits - 1;
     const qz_format_kernels *definition = qz_definition()->format(a->format, a->group_slot);
     int strided = qz_last(w) > 1 && qz_last_stride(w) != 4;
-    c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4;
+    c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4 && is_aligned(&a->x);
     c->staged = a->transpose ? (c->kernels->prepared_size[digits](c->k) + 63) / 64 * 64 : 0;
     c->x_stride = c->staged + (c->in_place ? 0 : (k * sizeof(float) + 63) / 64 * 64);
     b->max_rows = a->transpose ? MAX_ROWS_T : MAX_ROWS_N;
@@ -215,10 +236,12 @@ static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows) {
 
 static qz_status multiply_matrices(chunk *c, const buffers *b, ptrdiff_t matrices, ptrdiff_t rows, const qz_run *run) {
     qz_status status = QZ_OK;
+    int64_t polled = 0;
     c->x = b->x;
     c->not_finite = b->not_finite;
-    for (ptrdiff_t matrix = 0; matrix < matrices; matrix++) {
-        point_at_weights(c, matrix, b->words);
+    for (ptrdiff_t matrix = 0; matrix < matrices && status == QZ_OK; matrix++) {
+        status = qz_poll_between(run, &polled);
+        if (status == QZ_OK) status = point_at_weights(c, matrix, b->words, run);
         for (ptrdiff_t first = 0; first < rows && status == QZ_OK; first += b->max_rows) {
             c->first = matrix * rows + first;
             c->m = rows - first < b->max_rows ? rows - first : b->max_rows;

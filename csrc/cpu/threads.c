@@ -359,6 +359,15 @@ qz_status qz_parallel(qz_task task, void *context, ptrdiff_t count, ptrdiff_t gr
     return shared ? finish_job(&job, run, polls, status) : status;
 }
 
+qz_status qz_poll_between(const qz_run *run, int64_t *since) {
+    if (!run->poll || in_task) return QZ_OK;
+    const int64_t now = coarse_time();
+    if (*since == 0) *since = now;
+    if (now - *since < POLL_NS) return QZ_OK;
+    *since = now;
+    return run->poll(run->poll_context) == 0 ? QZ_OK : QZ_INTERRUPTED;
+}
+
 /* ---- The limit ---- */
 
 static atomic_int chosen_limit;  /* 0: none was set */
@@ -398,6 +407,6 @@ void qz_explain_num_threads(char *text, size_t size) {
     if (qz_default_threads(&cpus, reason, sizeof reason) == limit)
         snprintf(text, size, "%s", reason);
     else
-        snprintf(text, size, "%d: found by the first call that needed it; set_num_threads(None) would now find %s", limit,
-                 reason);
+        snprintf(text, size, "%d: found by the first call that needed it; set_num_threads(None) would now find %s",
+                 limit, reason);
 }

@@ -20,6 +20,10 @@ typedef void (*qz_task)(void *context, ptrdiff_t begin, ptrdiff_t end);
    threads, which the child lacks, had a share in it. */
 qz_status qz_parallel(qz_task task, void *context, ptrdiff_t count, ptrdiff_t grain, const qz_run *run);
 
+/* For callers that run many short jobs one after the other, none of which is long enough to ask: asks run->poll if 20
+   ms have passed since *since, a time that starts as 0. Returns QZ_OK or QZ_INTERRUPTED. */
+qz_status qz_poll_between(const qz_run *run, int64_t *since);
+
 /* The limit used where qz_run.threads is 0. Setting 0 restores the default. Returns the former limit. */
 int qz_set_num_threads(int threads);
 int qz_get_num_threads(void);

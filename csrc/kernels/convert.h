@@ -34,7 +34,9 @@ static void store_one(char *to, qz_type type, float value) {
     }
 }
 
-static void QZ_NAME(load)(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
+/* Not inline: clang would copy this, vectorized for every type, into each of the matmul kernels. */
+static __attribute__((noinline)) void QZ_NAME(load)(float *to, const char *from, ptrdiff_t stride, qz_type type,
+                                                    ptrdiff_t count) {
     const uint16_t *half = (const uint16_t *)from;
     ptrdiff_t i = 0;
     if (type == QZ_F32 && stride == 4) {

@@ -54,12 +54,25 @@ static int raise_kind(const call *c, const char *name, const char *what, PyObjec
     return -1;
 }
 
+/* A bool is an int, and NumPy's an index before NumPy 2; its name is bool_ there. */
+static int is_boolean(PyObject *object) {
+    PyObject *kind = PyBool_Check(object) ? NULL : type_name(object);
+    int is = !kind || PyUnicode_CompareWithASCIIString(kind, "bool_") == 0;
+    Py_XDECREF(kind);
+    return is;
+}
+
 int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t *value, int *given) {
     *given = 0;
     if (object == Py_None) return 0;
-    if (PyBool_Check(object) || !PyIndex_Check(object)) return raise_kind(c, name, "an integer", object);
+    if (!PyLong_CheckExact(object) && (is_boolean(object) || !PyIndex_Check(object)))
+        return raise_kind(c, name, "an integer", object);
     *value = PyNumber_AsSsize_t(object, PyExc_OverflowError);
     if (*value == -1 && PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) { /* such as an array, which has __index__ for one element */
+            PyErr_Clear();
+            return raise_kind(c, name, "an integer", object);
+        }
         if (!PyErr_ExceptionMatches(PyExc_OverflowError)) return -1;
         PyErr_Clear(); /* without the number: Python refuses to print those of 4300 digits */
         return qz_raise(PyExc_ValueError, c->op, "%s is out of range: it does not fit 64 bits", name);
@@ -204,5 +217,8 @@ int qz_run_operation(const plan_object *plan, qz_operation operation, const void
         PyEval_RestoreThread(saved);
     }
     if (status == QZ_NO_MEMORY) PyErr_NoMemory();
+    if (status == QZ_INTERRUPTED && !PyErr_Occurred()) { /* threads.h: a signal handler forked, and this is the child */
+        qz_raise(PyExc_RuntimeError, plan->op->name, "the process forked during the call: its result is incomplete");
+    }
     return status == QZ_OK ? 0 : -1;
 }

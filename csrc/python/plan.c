@@ -70,8 +70,10 @@ static int take_text(const call *c, const char *name, PyObject *object, const ch
     *text = otherwise;
     if (!object || object == Py_None) return 0;
     if (PyUnicode_Check(object)) {
-        *text = PyUnicode_AsUTF8AndSize(object, NULL);
-        return *text ? 0 : -1;
+        Py_ssize_t size;
+        *text = PyUnicode_AsUTF8AndSize(object, &size);
+        if (!*text || strlen(*text) == (size_t)size) return *text ? 0 : -1;
+        return qz_raise(PyExc_ValueError, c->op, "%s must not contain null characters, got %R", name, object);
     }
     PyObject *kind = PyType_GetName(Py_TYPE(object));
     if (kind) qz_raise(PyExc_TypeError, c->op, "%s must be a string, got %U", name, kind);

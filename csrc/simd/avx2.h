@@ -125,8 +125,8 @@ static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8
     {                                                                                                          \
         {QZ_EIGHT(ONE, bits, 0), QZ_EIGHT(ONE, bits, 16)}, { QZ_EIGHT(ONE, bits, 8), QZ_EIGHT(ONE, bits, 24) } \
     }
-#define QZ_WIDTHS(ONE)                                                       \
-    {[2] = QZ_STEPS(ONE, 2), [3] = QZ_STEPS(ONE, 3), [4] = QZ_STEPS(ONE, 4), \
+#define QZ_WIDTHS(ONE)                                                                               \
+    {[1] = QZ_STEPS(ONE, 1), [2] = QZ_STEPS(ONE, 2), [3] = QZ_STEPS(ONE, 3), [4] = QZ_STEPS(ONE, 4), \
      [5] = QZ_STEPS(ONE, 5), [6] = QZ_STEPS(ONE, 6), [7] = QZ_STEPS(ONE, 7)}
 
 static const int8_t fetch_bytes[8][2][32] = QZ_WIDTHS(QZ_PAIR);

@@ -16,6 +16,7 @@
 
 typedef float v_f32 __attribute__((vector_size(16)));
 typedef int32_t v_i32 __attribute__((vector_size(16)));
+typedef uint32_t v_u32 __attribute__((vector_size(16))); /* its sums wrap, as all vectors' do */
 
 static inline v_f32 load_f32(const float *from) {
     v_f32 v;
@@ -41,12 +42,11 @@ static inline v_f32 add_f32(v_f32 a, v_f32 b) { return a + b; }
 static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return a - b; }
 static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return a * b; }
 static inline v_f32 div_f32(v_f32 a, v_f32 b) { return a / b; }
-static inline v_i32 add_i32(v_i32 a, v_i32 b) { return a + b; }
-static inline v_i32 sub_i32(v_i32 a, v_i32 b) { return a - b; }
+static inline v_i32 add_i32(v_i32 a, v_i32 b) { return (v_i32)((v_u32)a + (v_u32)b); }
+static inline v_i32 sub_i32(v_i32 a, v_i32 b) { return (v_i32)((v_u32)a - (v_u32)b); }
 static inline v_i32 and_i32(v_i32 a, v_i32 b) { return a & b; }
 static inline v_i32 or_i32(v_i32 a, v_i32 b) { return a | b; }
 static inline v_i32 xor_i32(v_i32 a, v_i32 b) { return a ^ b; }
-typedef uint32_t v_u32 __attribute__((vector_size(16)));
 #define shr_u32(v, count) ((v_i32)((v_u32)(v) >> (count)))
 #define shl_i32(v, count) ((v_i32)((v_u32)(v) << (count)))
 
@@ -75,16 +75,25 @@ static inline v_i32 i32_from_u8(const uint8_t *from) { return (v_i32){from[0], f
 static inline void store_low_u8(uint8_t *to, v_i32 v) {
     for (int i = 0; i < QZ_LANES; i++) to[i] = (uint8_t)v[i];
 }
+/* Arrays of 16-bit floats may stand at odd addresses: plain accesses to them would be undefined. */
 static inline void store_low_u16(uint16_t *to, v_i32 v) {
-    for (int i = 0; i < QZ_LANES; i++) to[i] = (uint16_t)v[i];
+    const uint16_t low[QZ_LANES] = {(uint16_t)v[0], (uint16_t)v[1], (uint16_t)v[2], (uint16_t)v[3]};
+    memcpy(to, low, sizeof low);
 }
-static inline v_i32 i32_from_u16(const uint16_t *from) { return (v_i32){from[0], from[1], from[2], from[3]}; }
+static inline v_i32 i32_from_u16(const uint16_t *from) {
+    uint16_t x[QZ_LANES];
+    memcpy(x, from, sizeof x);
+    return (v_i32){x[0], x[1], x[2], x[3]};
+}
 static inline v_f32 f32_from_f16(const uint16_t *from) {
-    return (v_f32){qz_f32_from_f16(from[0]), qz_f32_from_f16(from[1]), qz_f32_from_f16(from[2]),
-                   qz_f32_from_f16(from[3])};
+    uint16_t x[QZ_LANES];
+    memcpy(x, from, sizeof x);
+    return (v_f32){qz_f32_from_f16(x[0]), qz_f32_from_f16(x[1]), qz_f32_from_f16(x[2]), qz_f32_from_f16(x[3])};
 }
 static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
-    for (int i = 0; i < QZ_LANES; i++) to[i] = qz_f16_from_f32(v[i]);
+    const uint16_t half[QZ_LANES] = {qz_f16_from_f32(v[0]), qz_f16_from_f32(v[1]), qz_f16_from_f32(v[2]),
+                                     qz_f16_from_f32(v[3])};
+    memcpy(to, half, sizeof half);
 }
 
 /* Writes `count` codes of `bits` bits each, in order; count is a multiple of 8. */

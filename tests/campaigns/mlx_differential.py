@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import reference  # noqa: E402
+import reference
 
 KINDS = ("float32", "float16", "bfloat16")
 BITS = (2, 3, 4, 5, 6, 8)

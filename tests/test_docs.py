@@ -1,0 +1,148 @@
+"""Documentation that runs, and says of everything public what it takes, returns and raises."""
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import quantization as q
+from conftest import SMALL
+from quantization import _C
+
+ROOT = Path(__file__).parents[1]
+MODULES = ["quantization"] + [
+    f"quantization.{info.name}" for info in pkgutil.iter_modules(q.__path__) if info.name not in ("_C", "__main__")
+]
+PUBLIC = [name for name in q.__all__ if not name.startswith("__")]
+FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(q, name))]
+CLASSES = [name for name in PUBLIC if inspect.isclass(getattr(q, name))]
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name):
+    module = importlib.import_module(name)
+    np.set_printoptions()  # examples assume the default
+    assert doctest.testmod(module, optionflags=FLAGS).failed == 0
+
+
+def blocks_of(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(SMALL, reason="the same on every CPU")
+def test_examples_of_the_readme(tmp_path, monkeypatch):
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is not beside the tests")
+    monkeypatch.chdir(tmp_path)
+    names, runner, parser = {}, doctest.DocTestRunner(optionflags=FLAGS), doctest.DocTestParser()
+    for i, block in enumerate(blocks_of(readme.read_text(encoding="utf-8"), "python")):
+        if ">>>" in block:
+            runner.run(parser.get_doctest(block, names, f"README block {i}", str(readme), 0), clear_globs=False)
+        else:
+            exec(compile(block, f"README block {i}", "exec"), names)
+    assert runner.failures == 0
+
+
+def sections(text):
+    """The numpydoc sections of a docstring: heading to text."""
+    lines, found, heading = inspect.cleandoc(text).splitlines(), {}, None
+    for i, line in enumerate(lines):
+        if i + 1 < len(lines) and line and re.fullmatch(r"-{3,}", lines[i + 1]):
+            heading = line
+            assert len(lines[i + 1]) == len(line), f"underline of {line}"
+            found[heading] = []
+        elif heading and not re.fullmatch(r"-{3,}", line):
+            found[heading].append(line)
+    return {name: "\n".join(body) for name, body in found.items()}
+
+
+def documented_names(body):
+    """The names that a Parameters section describes, one or several to a line."""
+    heads = [line.split(" : ")[0] for line in body.splitlines() if line and not line.startswith(" ")]
+    return [name.strip().lstrip("*") for head in heads for name in head.split(",")]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_documented(name):
+    function = getattr(q, name)
+    found = sections(function.__doc__)
+    first = inspect.cleandoc(function.__doc__).splitlines()[0]
+    assert first.endswith(".") or first.endswith(":") or len(inspect.cleandoc(function.__doc__).split("\n\n")) > 1
+    signature = inspect.signature(function)
+    if signature.parameters:
+        assert set(documented_names(found["Parameters"])) == set(signature.parameters)
+    returns = str(signature.return_annotation)
+    is_context = "ContextManager" in returns
+    if not is_context and name != "get_num_threads":
+        assert found["Returns"].strip()
+    if signature.parameters and name != "show_config":
+        assert re.search(r"Error", found["Raises"])
+    if name != "get_num_threads":
+        assert ">>>" in found["Examples"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_are_documented(name):
+    found = getattr(q, name)
+    assert found.__doc__.strip()
+    parameters = [p for p in inspect.signature(found).parameters if p != "self"]
+    text = found.__doc__ + (found.__init__.__doc__ or "")
+    if issubclass(found, q.VariableQuantizationKernel | q.AffineQuantize | q.AffineDequantize | q.AffineQmmT):
+        assert set(documented_names(sections(found.__doc__)["Parameters"])) == set(parameters)
+    else:
+        assert "parameters as" in text or not parameters or "Attributes" in text or "Parameters" in text
+    for method, value in vars(found).items():
+        if not method.startswith("_") and callable(value):
+            assert value.__doc__, f"{name}.{method}"
+
+
+def test_everything_public_is_there_and_sorted():
+    assert sorted(q.__all__) == q.__all__
+    for name in PUBLIC:
+        assert getattr(q, name).__doc__
+
+
+def test_stubs_name_what_there_is():
+    text = (Path(q.__file__).parent / "_C.pyi").read_text()
+    stubs = set(re.findall(r"^(?:def|class) (\w+)", text, re.MULTILINE))
+    assert stubs == {name for name in dir(_C) if not name.startswith("_")}
+    members = set(re.findall(r"^    def (\w+)", text, re.MULTILINE)) - {"__new__"}
+    assert members == {name for name in dir(_C.Plan) if not name.startswith("_")}
+    assert (Path(q.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("name", sorted(name for name in dir(_C) if inspect.isbuiltin(getattr(_C, name))))
+def test_signatures_of_the_core_are_those_of_the_stubs(name):
+    import ast
+
+    stub = (Path(q.__file__).parent / "_C.pyi").read_text()
+    tree = {node.name: node for node in ast.parse(stub).body if isinstance(node, ast.FunctionDef)}
+    expected = [argument.arg for argument in (*tree[name].args.posonlyargs, *tree[name].args.args)]
+    assert list(inspect.signature(getattr(_C, name)).parameters) == expected
+    assert inspect.getdoc(getattr(_C, name))
+
+
+def test_importing_is_enough_with_numpy_alone():
+    """None of the optional packages is imported unless asked for."""
+    script = "import sys, quantization; print(*sys.modules)"
+    path = os.pathsep.join([str(Path(q.__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    optional = {"ml_dtypes", "safetensors", "tokenizers", "tqdm", "matplotlib", "mlx", "torch", "jax", "hypothesis"}
+    assert not loaded & optional
