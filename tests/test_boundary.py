@@ -184,7 +184,8 @@ def test_containers_that_become_arrays():
         fake(Container(np.ones(3, np.int64)))
 
 
-def test_masked_matrix_and_record_views_are_their_memory():
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # NumPy discourages its matrices
+def test_matrix_and_record_views_are_their_memory():
     values = np.linspace(-1, 1, 6, dtype=F32).reshape(2, 3)
     assert np.array_equal(fake(np.matrix(values)), fake(values))
     records = np.zeros(4, [("a", "u1"), ("b", F32)])
@@ -225,7 +226,7 @@ def test_unaligned_memory(offset, isa, rng):
     assert np.array_equal(fake(unaligned(x)), fake(x))
 
 
-def test_64_bit_integer_codes_named_like_c_long():
+def test_codes_of_the_standard_library():
     codes, scales, biases = stored()
     for letter in "iI":
         same = array.array(letter, codes.ravel().tolist())

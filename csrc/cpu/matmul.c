@@ -29,6 +29,7 @@ typedef struct chunk {
     int in_place;
     char *not_finite; /* [m]: 1 where the definition takes over */
     ptrdiff_t tiles, tile, parts;
+    int64_t *polled; /* when qz_run.poll was last asked: jobs of a call may all be too short to do so */
 } chunk;
 
 static const float *row_as_f32(const chunk *c, ptrdiff_t m) {
@@ -125,10 +126,12 @@ static qz_status multiply_not_finite(const chunk *c, char *record, const qz_run 
         one.first = c->first + m;
         one.m = 1;
         one.not_finite = &finite;
+        qz_status status = qz_poll_between(run, c->polled);
+        if (status != QZ_OK) return status;
         one.kernels->prepare_x[c->args->digits - 1](record, row_as_f32(c, m), c->k);
         one.x = record;
         share_out(&one, run, &grain);
-        qz_status status = qz_parallel(multiply_tiles, &one, one.tiles * one.parts, grain, run);
+        status = qz_parallel(multiply_tiles, &one, one.tiles * one.parts, grain, run);
         if (status != QZ_OK) return status;
     }
     return QZ_OK;
@@ -137,8 +140,9 @@ static qz_status multiply_not_finite(const chunk *c, char *record, const qz_run 
 static qz_status multiply_chunk(chunk *c, char *record, const qz_run *run) {
     ptrdiff_t grain = 16384 / (c->k + 1) + 1;
     memset(c->not_finite, 0, (size_t)c->m);
-    qz_status status = QZ_OK;
-    if (c->args->transpose || !c->in_place) status = qz_parallel(prepare_rows, c, c->m, grain, run);
+    qz_status status = qz_poll_between(run, c->polled);
+    if (status == QZ_OK && (c->args->transpose || !c->in_place))
+        status = qz_parallel(prepare_rows, c, c->m, grain, run);
     if (status != QZ_OK) return status;
     share_out(c, run, &grain);
     status = qz_parallel(multiply_tiles, c, c->tiles * c->parts, grain, run);
@@ -237,11 +241,11 @@ static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows) {
 static qz_status multiply_matrices(chunk *c, const buffers *b, ptrdiff_t matrices, ptrdiff_t rows, const qz_run *run) {
     qz_status status = QZ_OK;
     int64_t polled = 0;
+    c->polled = &polled;
     c->x = b->x;
     c->not_finite = b->not_finite;
     for (ptrdiff_t matrix = 0; matrix < matrices && status == QZ_OK; matrix++) {
-        status = qz_poll_between(run, &polled);
-        if (status == QZ_OK) status = point_at_weights(c, matrix, b->words, run);
+        status = point_at_weights(c, matrix, b->words, run);
         for (ptrdiff_t first = 0; first < rows && status == QZ_OK; first += b->max_rows) {
             c->first = matrix * rows + first;
             c->m = rows - first < b->max_rows ? rows - first : b->max_rows;

@@ -38,16 +38,19 @@ def compile_plan(op: str, settings: Settings | None) -> _C.Plan:
     """Resolve an operation's device and ISA: settings first, then the environment, then the best there is."""
     asked = settings or Settings()
     variables = {"device": "QUANTIZATION_DEVICE", "isa": "QUANTIZATION_ISA"}
-    names, said_by = {}, ""
+    names, inherited = {}, {}
     for kind, variable in variables.items():
         name = getattr(asked, kind)
         if name is None and (name := os.environ.get(variable) or None):
-            said_by += f" ({variable}={name} is in the environment)"
+            inherited[variable] = name
         names[kind] = name
     try:
         return _C.Plan(op, threads=asked.threads, **names)
     except RuntimeError as error:
-        raise RuntimeError(f"{error}{said_by}") from None
+        culprits = [f"{variable}={name}" for variable, name in inherited.items() if f"'{name}'" in str(error)]
+        if not culprits:
+            raise
+        raise RuntimeError(f"{error} ({', '.join(culprits)} is in the environment)") from None
 
 
 @contextlib.contextmanager
