@@ -9,6 +9,15 @@ const qz_format qz_formats[QZ_FORMATS] = {
 #undef QZ_FORMAT
 };
 
+/* What the kernels assume of a row: groups that are powers of two from 16 to 128, and codes that fit a byte. */
+#define QZ_FITS(size) ((size) == 0 || (size) == 16 || (size) == 32 || (size) == 64 || (size) == 128)
+#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias)        \
+    _Static_assert((bits) >= 1 && (bits) <= 8, #name ": codes have 1 to 8 bits");      \
+    _Static_assert(QZ_FITS(first) && QZ_FITS(second) && QZ_FITS(third) && (first) > 0, \
+                   #name ": groups are 16, 32, 64 or 128 (0: none)");
+#include "formats.def"
+#undef QZ_FORMAT
+
 int qz_find_format(const char *mode, ptrdiff_t bits, ptrdiff_t group_size, int *slot) {
     for (int row = 0; row < QZ_FORMATS; row++) {
         if (qz_formats[row].bits != bits || strcmp(qz_formats[row].mode, mode) != 0) continue;

@@ -53,6 +53,12 @@ def test_tables_say_what_there_is():
     assert _C.devices()[0]["available"]
 
 
+def test_threads_of_a_context_are_told_as_such():
+    with q.threads(3):
+        config = q.show_config()
+    assert config.threads == 3 and config.threads_reason == "3: set by threads(3)"
+
+
 def test_the_best_instruction_set_is_chosen():
     if not os.environ.get("QUANTIZATION_ISA"):
         assert q.AffineQmmT().compile().isa == AVAILABLE[0]

@@ -142,6 +142,24 @@ def test_int32_codes_are_the_same_bits(name):
 # ---- plain values ----
 
 
+@pytest.mark.parametrize("x", [["0.5"], [None], [True, False], [1j], [[1.0], [2.0, 3.0]], [{}]])
+def test_lists_hold_numbers(x):
+    refuse("quantize", TypeError, "x must be an array of floats, or a list of numbers, got list", x=x)
+
+
+def test_elements_of_out_do_not_share_memory():
+    memory = np.zeros(64, F32)
+    for shape, strides in (((3, 8), (8, 4)), ((8, 3), (4, 8)), ((2, 2), (4, 4)), ((3, 8), (-8, 4))):
+        out = as_strided(memory[32:], shape, strides)
+        refuse("quantize", ValueError, "out has elements that share memory: give each its own", x=ones(*shape), out=out)
+    for out in (
+        memory.reshape(8, 8)[::2, ::-3],
+        memory.reshape(8, 8).T[1:2],
+        memory.reshape(4, 4, 4).transpose(2, 0, 1),
+    ):
+        assert q.quantize(ones(*out.shape), out=out) is out
+
+
 AFFINE = [row for row in q._C.formats() if row["mode"] == "affine"]
 WIDTHS = sorted({row["bits"] for row in AFFINE})
 GROUP_SIZES = sorted({size for row in AFFINE if row["bits"] == 4 for size in row["group_sizes"]})

@@ -16,6 +16,9 @@ static const size_t prepared_bytes = (size_t)4 << 20;
 /* Multiplications in one piece of work that make it worth handing out: some 20 microseconds. */
 static const ptrdiff_t worthwhile = 400000;
 
+/* And those after which signals should be looked for, though k be long: some 20 milliseconds of the slowest kernels. */
+static const double longest = 1 << 24;
+
 /* One weight matrix times some rows of x. Rows are counted through x's batch dimensions. */
 typedef struct chunk {
     const qz_plan *plan;
@@ -108,6 +111,8 @@ static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     c->parts = (4 * threads + c->tiles - 1) / c->tiles;
     if (c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;
     if (threads == 1 || c->parts < 1) c->parts = 1;
+    double pieces = (double)c->tile * (double)c->k * (double)c->m / longest;
+    if ((double)c->parts < pieces) c->parts = pieces < (double)c->m ? (ptrdiff_t)pieces + 1 : c->m;
     double work = (double)c->tile * (double)c->k * (double)c->m / (double)c->parts;
     *grain = work < (double)worthwhile ? (ptrdiff_t)((double)worthwhile / (work + 1)) + 1 : 1;
 }

@@ -21,10 +21,11 @@
  * NaN result is stored as 0x7fc00000. No operation is fused: (c * s and H * 65536 are exact, so there it would not
  * matter).
  *
- * Error. Let a = sum |W x| be the exact sum of magnitudes. |x - v 2^e| <= 2^(e-1) <= 2^-p max|x| in a block (p = 22,
- * 21, 15, 7; for p = 15 up to a factor 1.004, as 32639 stands for 2^15 - 1; and at least 2^-127), so a block adds at
- * most 2^-p max|x| sum |W| by it. Each term takes five more roundings of 2^-24, relative to |G s| 2^e + |(b + c s) S|
- * 2^e, and the chain of B additions at most B 2^-24 sum |term|. tests/reference.py has it in full, as tests use it. */
+ * Error. |x - v 2^e| <= 2^(e-1) <= 2^-p max|x| in a block (p = 22, 21, 15, 7; for p = 15 up to a factor 1.004, as 32639
+ * stands for 2^15 - 1; and at least 2^-127), so a block adds at most 2^-p max|x| sum |W| by it. Each term takes five
+ * more roundings of 2^-24, relative to |G s| 2^e + |(b + c s) S| 2^e, and the chain of B additions at most B 2^-24 sum
+ * |term|, as long as nothing overflows: |G s| is taken before 2^e, so that |s| must stay some 2^31 below float32's
+ * largest. tests/reference.py has it in full, as tests use it. */
 
 QZ_INLINE uint8_t code_at(const uint8_t *row, ptrdiff_t index, int bits) {
     ptrdiff_t bit = index * bits;
@@ -128,11 +129,11 @@ QZ_INLINE float definition_output_t(const qz_matmul_job *job, ptrdiff_t row, con
 QZ_INLINE void definition_matmul_t(const qz_matmul_job *job, int bits, int block, int digits) {
     for (ptrdiff_t m = 0; m < job->m; m++) {
         for (ptrdiff_t row = 0; row < job->rows; row++) {
-            const char *x = job->x + m * job->x_stride;
-            job->y[m * QZ_TILE_ROWS + row] = definition_output_t(job, row, x, bits, block, digits);
+            float *y = job->y + m * QZ_TILE_ROWS + row;
+            *y = definition_output_t(job, row, job->x + m * job->x_stride, bits, block, digits);
+            make_nan_canonical(y, 1);
         }
     }
-    make_nan_canonical(job->y, job->m * QZ_TILE_ROWS);
 }
 
 /* What all outputs of a group share in one block of k. */

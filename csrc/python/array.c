@@ -6,7 +6,7 @@
 void qz_release(view *v) {
     if (v->has_buffer) PyBuffer_Release(&v->buffer);
     Py_CLEAR(v->owner);
-    v->has_buffer = v->present = 0;
+    v->has_buffer = 0;
 }
 
 static const char float_kinds[] = "float32, float16, bfloat16 or float64";
@@ -117,7 +117,7 @@ static int is_ml_bfloat16(const call *c, PyObject *object) {
 
 static int take_buffer(view *v, PyObject *object) {
     if (PyObject_GetBuffer(object, &v->buffer, PyBUF_RECORDS_RO) < 0) return -1;
-    v->has_buffer = v->present = 1;
+    v->has_buffer = 1;
     return 0;
 }
 
@@ -162,14 +162,31 @@ static int take_memory(view *v, const call *c, const char *name, PyObject *objec
 }
 
 /* Lists and numbers as a new float64 array, other libraries' containers as the array that they say they are. */
+/* A list's array as float64, if it holds numbers: text, None and bools would be converted too. Steals the reference. */
+static PyObject *numbers_as_f64(const call *c, const char *name, PyObject *object, PyObject *array,
+                                const char *wanted) {
+    PyObject *dtype = PyObject_GetAttrString(array, "dtype"), *converted = NULL;
+    PyObject *kind = dtype ? PyObject_GetAttrString(dtype, "kind") : NULL;
+    Py_UCS4 letter = kind && PyUnicode_Check(kind) ? PyUnicode_ReadChar(kind, 0) : 0;
+    if (letter == 'f' || letter == 'i' || letter == 'u') {
+        converted = PyObject_CallFunctionObjArgs(c->state->asarray, array, c->state->f64, NULL);
+    } else if (kind) {
+        raise_dtype(c, name, object, wanted);
+    }
+    Py_XDECREF(kind);
+    Py_XDECREF(dtype);
+    Py_DECREF(array);
+    return converted;
+}
+
 static int take_array_like(view *v, const call *c, const char *name, PyObject *object) {
     static const char wanted[] = "floats, or a list of numbers";
     int is_container = PyObject_HasAttrString(object, "__array__");
     if (object == Py_None || PyUnicode_Check(object) || PyDict_Check(object))
         return raise_dtype(c, name, object, wanted);
-    PyObject *array =
-        PyObject_CallFunctionObjArgs(c->state->asarray, object, is_container ? NULL : c->state->f64, NULL);
+    PyObject *array = PyObject_CallFunctionObjArgs(c->state->asarray, object, NULL);
     if (!array) return clear_unless_serious() < 0 ? -1 : raise_dtype(c, name, object, wanted);
+    if (!is_container && !(array = numbers_as_f64(c, name, object, array, wanted))) return -1;
     int taken = take_memory(v, c, name, array, 0, float_kinds);
     Py_DECREF(array); /* the buffer keeps it alive */
     return taken == 0 ? raise_dtype(c, name, object, wanted) : taken;
@@ -228,6 +245,29 @@ static const char *result_kind(qz_type type) {
     return type == QZ_BF16 ? "bfloat16 (or uint16 for its bits)" : qz_type_name(type);
 }
 
+/* Whether elements may share memory: in every slice of an ordinary array, what the axes of smaller strides reach is
+ * less than one step of the next larger stride. */
+static int overlaps_itself(const qz_array *a) {
+    uintptr_t extent = (uintptr_t)qz_type_size(a->type), below = 0;
+    for (int done = 0; done < a->ndim; done++) {
+        int next = -1;
+        uintptr_t least = UINTPTR_MAX, stride;
+        for (int i = 0; i < a->ndim; i++) {
+            stride = a->strides[i] < 0 ? -(uintptr_t)a->strides[i] : (uintptr_t)a->strides[i];
+            if (a->shape[i] > 1 && stride > below && stride < least) least = stride, next = i;
+        }
+        if (next < 0) return 0;
+        for (int i = 0; i < a->ndim; i++) {
+            stride = a->strides[i] < 0 ? -(uintptr_t)a->strides[i] : (uintptr_t)a->strides[i];
+            if (a->shape[i] <= 1 || stride != least) continue;
+            if (least < extent) return 1;
+            extent += least * ((uintptr_t)a->shape[i] - 1);
+        }
+        below = least;
+    }
+    return 0;
+}
+
 static int check_result(const view *v, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
                         const ptrdiff_t *shape) {
     if (v->array.type != type) return raise_dtype(c, name, out, result_kind(type));
@@ -240,6 +280,9 @@ static int check_result(const view *v, const call *c, const char *name, PyObject
     }
     if (has_zero_stride(&v->array)) {
         return qz_raise(PyExc_ValueError, c->op, "%s has a stride of 0: its elements share memory", name);
+    }
+    if (qz_checked_count(c, name, shape, ndim) > 0 && overlaps_itself(&v->array)) {
+        return qz_raise(PyExc_ValueError, c->op, "%s has elements that share memory: give each its own", name);
     }
     return 0;
 }

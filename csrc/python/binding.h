@@ -30,7 +30,6 @@ typedef struct op_row {
     op_kind kind;
     const char *mode; /* of formats.def */
     int transpose;    /* of a matmul */
-    int takes_output_features;
 } op_row;
 
 typedef struct plan_object {
@@ -66,7 +65,6 @@ PyObject *qz_shape_text(const ptrdiff_t *shape, int ndim);
 /* An array argument and what keeps its memory alive. Zero-initialise; release with qz_release. */
 typedef struct view {
     qz_array array;
-    int present;     /* 0: the argument was None, or has been released */
     int is_ml_dtype; /* bfloat16 as an ml_dtypes array */
     Py_buffer buffer;
     int has_buffer;
@@ -76,7 +74,6 @@ typedef struct view {
 void qz_release(view *v);
 
 typedef struct call {
-    PyObject *module;
     module_state *state;
     const char *op;
     int raw_bfloat16; /* input_dtype="bfloat16": uint16 arrays hold bfloat16 bits */

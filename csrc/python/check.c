@@ -34,7 +34,6 @@ int qz_check_count(const char *function, Py_ssize_t got, Py_ssize_t expected) {
 
 int qz_open_call(call *c, PyObject *module, const plan_object *plan, PyObject *input_dtype) {
     static const char *const words[] = {"bfloat16"};
-    c->module = module;
     c->state = PyModule_GetState(module);
     c->op = plan->op->name;
     c->raw_bfloat16 = 0;

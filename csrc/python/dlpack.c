@@ -151,6 +151,5 @@ int qz_take_dlpack(view *v, const call *c, const char *name, PyObject *object, i
     int status = consume(v, c, name, capsule, writable);
     Py_DECREF(capsule);
     if (status < 0) return -1;
-    v->present = 1;
     return 1;
 }

@@ -1,4 +1,6 @@
 /* The module quantization._C: its functions and its state. */
+#include <string.h>
+
 #include "../cpu/scratch.h"
 #include "../cpu/threads.h"
 #include "binding.h"
@@ -112,20 +114,33 @@ static int execute(PyObject *module) {
     return take_numpy(state);
 }
 
+/* Everything that the state owns. */
+enum { OWNED = 9 };
+
+static void owned_objects(module_state *state, PyObject **owned[OWNED]) {
+    PyObject **const all[OWNED] = {(PyObject **)&state->plan_type,
+                                   &state->empty,
+                                   &state->asarray,
+                                   &state->f32,
+                                   &state->f16,
+                                   &state->u16,
+                                   &state->u32,
+                                   &state->f64,
+                                   &state->ml_bfloat16};
+    memcpy(owned, all, sizeof all);
+}
+
 static int traverse(PyObject *module, visitproc visit, void *arg) {
-    module_state *state = PyModule_GetState(module);
-    Py_VISIT(state->plan_type);
-    Py_VISIT(state->empty);
-    Py_VISIT(state->asarray);
+    PyObject **owned[OWNED];
+    owned_objects(PyModule_GetState(module), owned);
+    for (int i = 0; i < OWNED; i++) Py_VISIT(*owned[i]);
     return 0;
 }
 
 static int clear(PyObject *module) {
-    module_state *state = PyModule_GetState(module);
-    PyObject **const owned[] = {&state->empty, &state->asarray, &state->f32, &state->f16,
-                                &state->u16,   &state->u32,     &state->f64, &state->ml_bfloat16};
-    Py_CLEAR(state->plan_type);
-    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) Py_CLEAR(*owned[i]);
+    PyObject **owned[OWNED];
+    owned_objects(PyModule_GetState(module), owned);
+    for (int i = 0; i < OWNED; i++) Py_CLEAR(*owned[i]);
     return 0;
 }
 

@@ -5,10 +5,10 @@
 #include "binding.h"
 
 static const op_row ops[] = {
-    {"affine_quantize", OP_QUANTIZE, "affine", 0, 0}, {"affine_dequantize", OP_DEQUANTIZE, "affine", 0, 0},
-    {"affine_qmm_t", OP_MATMUL, "affine", 1, 0},      {"affine_qmm_n", OP_MATMUL, "affine", 0, 1},
-    {"affine_qmv", OP_MATMUL, "affine", 1, 1},        {"affine_qvm", OP_MATMUL, "affine", 0, 1},
-    {"quantize", OP_FAKE_QUANTIZE, NULL, 0, 0},
+    {"affine_quantize", OP_QUANTIZE, "affine", 0}, {"affine_dequantize", OP_DEQUANTIZE, "affine", 0},
+    {"affine_qmm_t", OP_MATMUL, "affine", 1},      {"affine_qmm_n", OP_MATMUL, "affine", 0},
+    {"affine_qmv", OP_MATMUL, "affine", 1},        {"affine_qvm", OP_MATMUL, "affine", 0},
+    {"quantize", OP_FAKE_QUANTIZE, NULL, 0},
 };
 
 static const qz_device *const devices[] = {&qz_cpu_device, &qz_metal_device};
@@ -187,12 +187,13 @@ PyType_Spec qz_plan_spec = {
 };
 
 const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind) {
-    static const char *const kinds[] = {"quantize", "dequantize", "matmul", "fake quantize"};
+    static const char *const kinds[] = {"affine_quantize", "affine_dequantize", "affine_qmm_t", "quantize"};
     const module_state *state = PyModule_GetState(module);
     if (Py_TYPE(object) == state->plan_type) {
         const plan_object *plan = (const plan_object *)object;
         if (plan->op->kind == kind) return plan;
-        PyErr_Format(PyExc_TypeError, "the plan is for %s, not for a %s operation", plan->op->name, kinds[kind]);
+        PyErr_Format(PyExc_TypeError, "the plan is for %s, here one for %s or its like is needed", plan->op->name,
+                     kinds[kind]);
         return NULL;
     }
     PyErr_Format(PyExc_TypeError, "the first argument must be a Plan, got %R", Py_TYPE(object));

@@ -217,12 +217,24 @@ static int raise_packing(const call *c, const char *mode, const packing *p, ptrd
         p->bits, groups, p->group_size, list, end);
 }
 
+/* Whether a row of the mode has the width and the group size, as far as they are given. */
+static int is_offered(const char *mode, const packing *p) {
+    for (int row = 0; row < QZ_FORMATS; row++) {
+        const qz_format *f = &qz_formats[row];
+        if (strcmp(f->mode, mode) != 0 || (p->has_bits && f->bits != p->bits)) continue;
+        for (int slot = 0; slot < QZ_GROUP_SLOTS; slot++) {
+            if (!p->has_group_size || (p->group_size > 0 && f->group_sizes[slot] == p->group_size)) return 1;
+        }
+    }
+    return 0;
+}
+
 int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t words, ptrdiff_t groups, ptrdiff_t features,
                      int *slot) {
     const int all_given = p->has_bits && p->has_group_size;
     const ptrdiff_t asked = all_given ? -1 : features;
     const ptrdiff_t given_bits = p->has_bits ? p->bits : 4, given_size = p->has_group_size ? p->group_size : 64;
-    if (qz_take_format(c, mode, given_bits, given_size, slot) < 0) return -1;
+    if (!is_offered(mode, p) && qz_take_format(c, mode, given_bits, given_size, slot) < 0) return -1;
     if (features < 0 && p->has_group_size) features = groups * p->group_size;
     if (features < 0 && p->has_bits) features = words * 32 / p->bits;
     if (features > 0 && !p->has_bits && words * 32 % features == 0) {

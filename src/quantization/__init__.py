@@ -1,4 +1,4 @@
-"""Low-bit quantization kernels as plain functions over NumPy arrays, in MLX's storage formats, on any CPU."""
+"""Low-bit quantization kernels as plain functions over NumPy arrays, in MLX's storage formats."""
 
 from ._config import device, get_num_threads, isa, set_num_threads, show_config, threads
 from ._fake_quantize import (
@@ -19,8 +19,7 @@ from ._matmul import (
 )
 from ._quantize import AffineDequantize, AffineQuantize, affine_dequantize, affine_quantize
 from ._report import Report, report
-
-__version__ = "0.1.0"
+from ._version import __version__
 
 __all__ = [
     "AffineDequantize",
@@ -32,6 +31,7 @@ __all__ = [
     "Report",
     "VariableQuantizationKernel",
     "VariableQuantizationMLXKernel",
+    "__version__",
     "affine_dequantize",
     "affine_qmm_n",
     "affine_qmm_t",

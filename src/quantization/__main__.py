@@ -61,7 +61,10 @@ def _run_info(_: argparse.Namespace) -> None:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 4 or 4,8, got {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

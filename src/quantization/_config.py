@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _C
+from ._version import __version__
 
 __all__ = ["Config", "device", "get_num_threads", "isa", "set_num_threads", "show_config", "threads"]
 
@@ -196,7 +197,7 @@ class Config:
 
     def __init__(self) -> None:
         self.versions = {
-            "quantization": _version("quantization") or "unknown",
+            "quantization": __version__,
             "Python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
             "NumPy": np.__version__,
             "compiler": _C.compiler(),
@@ -207,7 +208,8 @@ class Config:
         self.devices = _C.devices()
         self.kernels = {op: _describe(op) for op in _C.ops()}
         self.threads = get_num_threads()
-        self.threads_reason = _C.explain_num_threads()
+        limited = (_current.get() or Settings()).threads
+        self.threads_reason = f"{limited}: set by threads({limited})" if limited else _C.explain_num_threads()
 
     def __repr__(self) -> str:
         rows = [(name, value) for name, value in self.versions.items()]

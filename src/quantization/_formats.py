@@ -73,6 +73,8 @@ def as_format(spec: Format | str | tuple[str, int, int]) -> Format:
         match = re.fullmatch(rf"({modes})(?:[ _-]?(\d+))?(?:[ _-]?g(\d+))?", spec.strip())
         wanted = match.groups() if match else (None, None, None)
     elif isinstance(spec, tuple) and 1 <= len(spec) <= 3 and isinstance(spec[0], str):
+        if not all(isinstance(number, int) for number in spec[1:]):
+            raise TypeError(f"formats: bits and group size are integers, got {spec!r}")
         wanted = spec + (None,) * (3 - len(spec))
     else:
         raise TypeError(
@@ -100,11 +102,18 @@ def _list_formats() -> str:
     return ", ".join(texts)
 
 
+def _is_one(specs: Any) -> bool:
+    """Whether this is one format and no sequence of them; a tuple of a mode and numbers is one."""
+    if not isinstance(specs, tuple):
+        return isinstance(specs, (str, Format))
+    return [type(part) for part in specs[:2]] == [str, int]
+
+
 def as_formats(specs: Any) -> list[Format]:
     """Resolve the formats of a `report` call: one name, a sequence of them, or None for the default."""
     if specs is None:
         specs = [DEFAULT_FORMAT]
-    formats = [as_format(spec) for spec in ([specs] if isinstance(specs, (str, Format)) else specs)]
+    formats = [as_format(spec) for spec in ([specs] if _is_one(specs) else specs)]
     if not formats:
         raise ValueError("formats: got none; leave it out for 'affine_4_g64'")
     return list(dict.fromkeys(formats))

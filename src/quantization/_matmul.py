@@ -190,9 +190,9 @@ def affine_qmm_t(
     infinities are computed by plain float32 sums in those blocks, at the speed of scalar code; a NaN result is always
     the NaN with bits 0x7fc00000.
 
-    The error of an output is at most the sum over its blocks of 2^-p * max|x| * sum|scale * (code - c)| (and the same
-    with the sum of the block for the bias), p = 22 (21 for 5 bits in groups of 64 or 128 and 6 bits in groups of 32) or
-    15, c = 2^(bits-1), plus about one float32 rounding per block.
+    The error of an output is at most the sum over its blocks of 2^-p * max|x| * sum|W|, p = 22 (21 for 5 bits in groups
+    of 64 or 128 and 6 bits in groups of 32) or 15, plus about one float32 rounding per block, as long as no scale is
+    within a factor 2^31 of overflowing float32.
 
     Examples
     --------
@@ -202,9 +202,8 @@ def affine_qmm_t(
     >>> q.affine_qmm_t(np.arange(64, dtype=np.float32), codes, scales, biases)[1:4].round(3)
     array([1., 2., 3.], dtype=float32)
     """
-    return _C.matmul(
-        _qmm_t._plan(), x, w, scales, biases, None, group_size, bits, accumulate, activations, out, input_dtype
-    )
+    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
+    return _qmm_t(x, w, scales, biases, group_size, bits, **options)
 
 
 def affine_qmm_n(
@@ -254,20 +253,8 @@ def affine_qmm_n(
     >>> q.affine_qmm_n(np.arange(64, dtype=np.float32), codes, scales, biases, output_features=64)[:4]
     array([0., 1., 2., 3.], dtype=float32)
     """
-    return _C.matmul(
-        _qmm_n._plan(),
-        x,
-        w,
-        scales,
-        biases,
-        output_features,
-        group_size,
-        bits,
-        accumulate,
-        activations,
-        out,
-        input_dtype,
-    )
+    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
+    return _qmm_n(x, w, scales, biases, output_features, group_size, bits, **options)
 
 
 def affine_qmv(
@@ -311,9 +298,8 @@ def affine_qmv(
     >>> q.affine_qmv(np.arange(64, dtype=np.float32), codes, scales, biases)[1:4].round(3)
     array([1., 2., 3.], dtype=float32)
     """
-    return _C.matmul(
-        _qmv._plan(), x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, input_dtype
-    )
+    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
+    return _qmv(x, w, scales, biases, output_features, group_size, bits, **options)
 
 
 def affine_qvm(
@@ -354,6 +340,5 @@ def affine_qvm(
     >>> q.affine_qvm(np.arange(64, dtype=np.float32), codes, scales, biases, bits=8)[:4]
     array([0., 1., 2., 3.], dtype=float32)
     """
-    return _C.matmul(
-        _qvm._plan(), x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, input_dtype
-    )
+    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
+    return _qvm(x, w, scales, biases, output_features, group_size, bits, **options)

@@ -124,7 +124,7 @@ def affine_quantize(
     -------
     codes : numpy.ndarray of uint32, shape (..., K * bits / 32)
     scales, biases : numpy.ndarray, shape (..., K / group_size)
-        Of `scale_dtype`. bfloat16 is an ml_dtypes array if w was one, else uint16 bits.
+        Of `scale_dtype`. bfloat16 is an ml_dtypes array if w or `scale_dtype` was of ml_dtypes, else uint16 bits.
 
     Raises
     ------

@@ -327,7 +327,8 @@ def _measure(array: np.ndarray, target: Format, scale_dtype: Any, profile: str) 
             sums.add(block, target.decode(encoded))
     if not math.isfinite(sums.error):
         stored = encoded[1].dtype
-        return f"scales do not fit in {stored} (values up to {sums.largest:.3g}): use a wider scale_dtype"
+        advice = ": use a wider scale_dtype" if stored.itemsize < 4 else ""
+        return f"scales do not fit in {stored} (values up to {sums.largest:.3g}){advice}"
     return nbytes, sums
 
 
