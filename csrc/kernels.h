@@ -8,8 +8,8 @@
 #include "args.h"
 #include "formats.h"
 
-/* 8 * QZ_TILE_ROWS outputs are summed side by side, since each is a chain of dependent additions. */
-enum { QZ_TILE_ROWS = 8, QZ_PANEL_BLOCKS = 32, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
+/* QZ_TILE_ROWS outputs are summed side by side, since each is a chain of dependent additions. */
+enum { QZ_TILE_ROWS = 16, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
 
 /* How a tensor's stored scales and biases reach a kernel: element (row, group) stands at
  * data + row * row_stride + group * group_stride. */

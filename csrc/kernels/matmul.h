@@ -4,131 +4,203 @@
 /* ---- y = x Wᵀ: weights [N, K], groups along K ---------------------------------------------------------------------
  */
 
-/* What a tile of weight rows needs for one panel of K: read once, used for every row of x. */
-typedef struct panel_t {
-    _Alignas(64) uint8_t codes[QZ_TILE_ROWS][QZ_PANEL_BLOCKS * QZ_MAX_BLOCK];
-    float scales[QZ_TILE_ROWS][QZ_PANEL_BLOCKS], biases[QZ_TILE_ROWS][QZ_PANEL_BLOCKS]; /* biases: b + c s */
-} panel_t;
+/* The places in a row of weights, and of its scales, where a chunk of QZ_LANES blocks begins. */
+typedef struct row_t {
+    const uint8_t *w;
+    const char *scales, *biases;
+} row_t;
 
-/* Scales of `blocks` blocks from block `first` on; blocks of one group share theirs. */
-QZ_INLINE void load_block_scales(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t first,
-                                 ptrdiff_t blocks, ptrdiff_t blocks_per_group) {
-    float groups[QZ_PANEL_BLOCKS];
-    if (blocks_per_group == 1) {
-        QZ_NAME(load)(to, from + first * stride, stride, type, blocks);
-        return;
-    }
-    QZ_NAME(load)(groups, from + first / blocks_per_group * stride, stride, type, blocks / blocks_per_group);
-    for (ptrdiff_t i = 0; i < blocks; i++) to[i] = groups[i / blocks_per_group];
-}
+/* Where a kernel may not read a whole chunk, it reads a copy padded with zeros. */
+typedef struct chunk_copy {
+    _Alignas(64) uint8_t w[QZ_LANES * QZ_MAX_BLOCK];
+    float scales[QZ_LANES], biases[QZ_LANES];
+} chunk_copy;
 
-QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t blocks,
-                            ptrdiff_t padded, int bits, int block) {
-    const qz_scales *from = &job->scales;
-    const ptrdiff_t per_group = job->group_size / block;
-    const float centre = (float)QZ_CENTRE(bits);
-    for (ptrdiff_t r = 0; r < job->rows; r++) {
-        float *s = panel->scales[r], *b = panel->biases[r];
-        unpack_bits(panel->codes[r], job->w + r * job->w_row_stride + first * block * bits / 8, bits, blocks * block);
-        load_block_scales(s, from->scales + r * from->scale_row_stride, from->scale_group_stride, from->scale_type,
-                          first, blocks, per_group);
-        load_block_scales(b, from->biases + r * from->bias_row_stride, from->bias_group_stride, from->bias_type, first,
-                          blocks, per_group);
-        for (ptrdiff_t i = 0; i < blocks; i++) b[i] = b[i] + centre * s[i];
-        memset(panel->codes[r] + blocks * block, 0, (size_t)((padded - blocks) * block));
-        memset(s + blocks, 0, (size_t)(padded - blocks) * sizeof *s);
-        memset(b + blocks, 0, (size_t)(padded - blocks) * sizeof *b);
-    }
+/* QZ_LANES blocks' scales; where a group is two blocks, each serves two. */
+QZ_INLINE v_f32 load_block_scales(const char *from, qz_type type, int blocks_per_group) {
+    v_f32 v = type == QZ_F16    ? f32_from_f16((const uint16_t *)from)
+              : type == QZ_BF16 ? f32_from_bf16((const uint16_t *)from)
+                                : load_f32((const float *)from);
+    return blocks_per_group == 1 ? v : double_lanes(v);
 }
 
 /* The integer sums of QZ_LANES blocks, one a lane, for each class of digits: sums[0] of all digits together, or, in
- * wide formats, of the low two, and sums[1] of the top one. A block of n codes makes n / 4 int32 lanes, or one whole
- * vector if it fills more; neighbouring lanes are added until one per block is left. */
-QZ_INLINE void dot_blocks(v_i32 sums[2], const uint8_t *codes, const int8_t *digits, int bits, int block, int count) {
-    const int wide = is_wide(bits, block, count);
-    const int vectors_per_block = block > QZ_VECTOR_BYTES ? block / QZ_VECTOR_BYTES : 1;
-    const int lanes_per_block = block / vectors_per_block / 4;
-    v_i32 low[16], high[16];
+ * wide formats, of the low two, and sums[1] of the top one. A step yields one vector; where it holds several blocks,
+ * each has some neighbouring lanes. Codes come packed, or as unpack_chunk left them. */
+QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
+                         int count) {
+    const int fold = QZ_FOLD(bits), wide = is_wide(bits, block, count), step = QZ_STEP(bits, block),
+              units = QZ_UNITS(bits, block);
+    const int steps = QZ_LANES * block / step;
+    v_i32 low[QZ_LANES], high[QZ_LANES];
     QZ_UNROLL
-    for (int i = 0; i < lanes_per_block; i++) {
-        v_i32 sum[QZ_MAX_DIGITS] = {set1_i32(0), set1_i32(0), set1_i32(0)};
+    for (int i = 0; i < steps; i++) {
+        const int8_t *at = digits + i * step * count;
+        v_u8 code[QZ_MAX_UNITS];
         QZ_UNROLL
-        for (int j = 0; j < vectors_per_block; j++) {
-            const int vector = i * vectors_per_block + j;
-            v_u8 code = load_u8(codes + vector * QZ_VECTOR_BYTES);
+        for (int u = 0; u < units; u += fold) {
+            const int place = i * step + u * QZ_VECTOR_BYTES;
+            if (is_packed) unpack_folded(code + u, from + place * bits / 8, bits);
             QZ_UNROLL
-            for (int d = 0; d < count; d++) {
-                sum[d] = dot4(sum[d], code, load_u8(digits + (vector * count + d) * QZ_VECTOR_BYTES), bits);
-            }
+            for (int f = 0; f < fold && !is_packed; f++) code[u + f] = load_u8(from + place + f * QZ_VECTOR_BYTES);
         }
-        low[i] = sum[0];
-        if (count > 1) low[i] = add_i32(low[i], shl_i32(sum[1], 8));
-        if (count > 2 && !wide) low[i] = add_i32(low[i], shl_i32(sum[2], 16));
-        high[i] = sum[2];
-    }
-    QZ_UNROLL
-    for (int left = lanes_per_block / 2; left > 0; left /= 2) {
+        low[i] = set1_i32(0);
+        high[i] = set1_i32(0);
+        if (wide) high[i] = dot4_units(high[i], code, at + 2 * step, units, bits);
         QZ_UNROLL
-        for (int i = 0; i < left; i++) {
-            low[i] = add_neighbours(low[2 * i], low[2 * i + 1]);
-            if (wide) high[i] = add_neighbours(high[2 * i], high[2 * i + 1]);
+        for (int d = wide ? 1 : count - 1; d >= 0; d--) {
+            low[i] = dot4_units(low[i], code, at + d * step, units, bits);
+            if (d > 0) low[i] = shl_i32(low[i], 8);
         }
     }
-    sums[0] = low[0];
-    sums[1] = high[0];
+    sums[0] = sum_blocks(low, steps);
+    if (wide) sums[1] = sum_blocks(high, steps);
 }
 
 /* (Gf * s + (b + c s) * S) * 2^e, each operation rounded. */
-QZ_INLINE v_f32 block_terms(const v_i32 sums[2], const planes *x, const float *scales, const float *biases, int wide) {
-    v_f32 dot = f32_from_i32(sub_i32(sums[0], load_i32(x->offset)));
+QZ_INLINE v_f32 block_terms(const v_i32 sums[2], const planes *x, ptrdiff_t at, v_f32 scales, v_f32 centred, int wide) {
+    v_f32 dot = f32_from_i32(sub_i32(sums[0], load_i32(x->offset + at)));
     if (wide) {
-        v_f32 high = f32_from_i32(sub_i32(sums[1], load_i32(x->offset_high)));
+        v_f32 high = f32_from_i32(sub_i32(sums[1], load_i32(x->offset_high + at)));
         dot = add_f32(mul_f32(high, set1_f32(65536.0f)), dot);
     }
-    v_f32 product = mul_f32(dot, load_f32(scales)), shift = mul_f32(load_f32(biases), load_f32(x->sum));
-    return mul_f32(add_f32(product, shift), load_f32(x->scale));
+    v_f32 product = mul_f32(dot, scales), shift = mul_f32(centred, load_f32(x->sum + at));
+    return mul_f32(add_f32(product, shift), load_f32(x->scale + at));
 }
 
-/* Eight outputs' chains of additions run side by side, to hide the latency of each. */
-QZ_INLINE void add_terms_in_order(float *y, float terms[QZ_TILE_ROWS][QZ_PANEL_BLOCKS], ptrdiff_t blocks) {
-    float a = y[0], b = y[1], c = y[2], d = y[3], e = y[4], f = y[5], g = y[6], h = y[7];
-    for (ptrdiff_t i = 0; i < blocks; i++) {
-        a += terms[0][i], b += terms[1][i], c += terms[2][i], d += terms[3][i];
-        e += terms[4][i], f += terms[5][i], g += terms[6][i], h += terms[7][i];
+QZ_INLINE void unpack_chunk(uint8_t *codes, const uint8_t *packed, int bits, int block) {
+    const int fold = QZ_FOLD(bits), run = fold * QZ_VECTOR_BYTES;
+    for (int i = 0; i < QZ_LANES * block; i += run) {
+        v_u8 code[4];
+        unpack_folded(code, packed + i * bits / 8, bits);
+        QZ_UNROLL
+        for (int f = 0; f < fold; f++) store_u8(codes + i + f * QZ_VECTOR_BYTES, code[f]);
     }
-    y[0] = a, y[1] = b, y[2] = c, y[3] = d, y[4] = e, y[5] = f, y[6] = g, y[7] = h;
 }
 
-QZ_INLINE void matmul_panel_t(const panel_t *panel, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t blocks,
-                              int bits, int block, int digits) {
-    float terms[QZ_TILE_ROWS][QZ_PANEL_BLOCKS] = {{0}};
+/* The terms of one chunk of a weight row, for all rows of x: a chunk is unpacked once. */
+QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, const row_t *row,
+                           qz_type scale_type, qz_type bias_type, ptrdiff_t first, int bits, int block, int per_group,
+                           int digits) {
+    const int wide = is_wide(bits, block, digits);
+    const v_f32 s = load_block_scales(row->scales, scale_type, per_group);
+    const v_f32 b = load_block_scales(row->biases, bias_type, per_group);
+    const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
+    v_i32 sums[2];
+    if (job->m == 1) {
+        planes x = planes_at(job->x, job->columns, block, digits);
+        dot_chunk(sums, row->w, 1, x.digits + first * block * digits, bits, block, digits);
+        store_f32(terms, block_terms(sums, &x, first, s, centred, wide));
+        return;
+    }
+    _Alignas(64) uint8_t codes[QZ_LANES * QZ_MAX_BLOCK];
+    unpack_chunk(codes, row->w, bits, block);
     for (ptrdiff_t m = 0; m < job->m; m++) {
-        planes row = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
-        for (ptrdiff_t r = 0; r < job->rows; r++) {
-            for (ptrdiff_t i = 0; i < blocks; i += QZ_LANES) {
-                planes x = {row.digits + (first + i) * block * digits, row.scale + first + i, row.sum + first + i,
-                            row.offset + first + i, row.offset_high + first + i};
-                v_i32 sums[2];
-                dot_blocks(sums, panel->codes[r] + i * block, x.digits, bits, block, digits);
-                store_f32(terms[r] + i, block_terms(sums, &x, panel->scales[r] + i, panel->biases[r] + i,
-                                                    is_wide(bits, block, digits)));
+        planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
+        dot_chunk(sums, codes, 0, x.digits + first * block * digits, bits, block, digits);
+        store_f32(terms + m * pitch, block_terms(sums, &x, first, s, centred, wide));
+    }
+}
+
+/* A chunk of fewer than QZ_LANES blocks, or one whose scales are not neighbours. */
+QZ_INLINE void copy_chunk(chunk_copy *to, row_t *row, const qz_scales *from, ptrdiff_t blocks, int bits, int block,
+                          int per_group) {
+    const ptrdiff_t groups = (blocks + per_group - 1) / per_group;
+    memset(to, 0, sizeof *to);
+    memcpy(to->w, row->w, (size_t)(blocks * block * bits / 8));
+    QZ_NAME(load)(to->scales, row->scales, from->scale_group_stride, from->scale_type, groups);
+    QZ_NAME(load)(to->biases, row->biases, from->bias_group_stride, from->bias_type, groups);
+    *row = (row_t){to->w, (const char *)to->scales, (const char *)to->biases};
+}
+
+QZ_INLINE int are_neighbours(ptrdiff_t stride, qz_type type) {
+    return type == QZ_F32 ? stride == 4 : (type == QZ_F16 || type == QZ_BF16) && stride == 2;
+}
+
+/* Weights are read once, from memory: hardware alone fetches them too late where rows are short or other data come in
+ * between. The distance crosses row ends, as rows mostly follow each other. */
+enum { QZ_PREFETCH = 4096 };
+
+QZ_INLINE void prefetch_chunk(const row_t *row, int bits, int block) {
+    for (int i = 0; i < QZ_LANES * block * bits / 8; i += 64) __builtin_prefetch(row->w + QZ_PREFETCH + i);
+    __builtin_prefetch(row->scales + QZ_PREFETCH * 16 / (bits * block));
+    __builtin_prefetch(row->biases + QZ_PREFETCH * 16 / (bits * block));
+}
+
+/* Terms wait here for their addition in order: of all rows of the tile, for as many blocks as fit. */
+enum { QZ_DECODE_ROWS = 16, QZ_TERMS = QZ_DECODE_ROWS * QZ_LANES * QZ_TILE_ROWS };
+
+QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
+                           int bits, int block, int per_group, int digits) {
+    const qz_scales *from = &job->scales;
+    const int neighbours = are_neighbours(from->scale_group_stride, from->scale_type) &&
+                           are_neighbours(from->bias_group_stride, from->bias_type);
+    for (ptrdiff_t r = 0; r < job->rows; r++) {
+        const uint8_t *w = job->w + r * job->w_row_stride;
+        const char *s = from->scales + r * from->scale_row_stride, *b = from->biases + r * from->bias_row_stride;
+        for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
+            const ptrdiff_t blocks = job->columns / block - i, group = i / per_group;
+            row_t row = {w + i * block * bits / 8, s + group * from->scale_group_stride,
+                         b + group * from->bias_group_stride};
+            float *to = terms + r * pitch + (i - begin);
+            if (neighbours && blocks >= QZ_LANES * per_group) {
+                prefetch_chunk(&row, bits, block);
+                chunk_terms(to, pitch * QZ_TILE_ROWS, job, &row, from->scale_type, from->bias_type, i, bits, block,
+                            per_group, digits);
+            } else {
+                chunk_copy copy;
+                copy_chunk(&copy, &row, from, blocks < QZ_LANES ? blocks : QZ_LANES, bits, block, per_group);
+                chunk_terms(to, pitch * QZ_TILE_ROWS, job, &row, QZ_F32, QZ_F32, i, bits, block, per_group, digits);
             }
         }
-        add_terms_in_order(job->y + m * QZ_TILE_ROWS, terms, blocks);
     }
+}
+
+/* Lanes become weight rows, so that the terms of many outputs are added side by side, each in order of k. */
+QZ_INLINE void add_terms_in_order(float *y, const float *terms, ptrdiff_t pitch, ptrdiff_t count) {
+    QZ_UNROLL
+    for (int r = 0; r < QZ_TILE_ROWS; r += QZ_LANES) {
+        v_f32 sum = load_f32(y + r);
+        for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
+            v_f32 rows[QZ_LANES];
+            QZ_UNROLL
+            for (int j = 0; j < QZ_LANES; j++) rows[j] = load_f32(terms + (r + j) * pitch + i);
+            transpose_f32(rows);
+            QZ_UNROLL
+            for (int j = 0; j < QZ_LANES; j++) sum = add_f32(sum, rows[j]);
+        }
+        store_f32(y + r, sum);
+    }
+}
+
+QZ_INLINE void decode_t(const qz_matmul_job *job, int bits, int block, int per_group, int digits) {
+    const ptrdiff_t blocks = (job->columns / block + QZ_LANES - 1) / QZ_LANES * QZ_LANES;
+    const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, pitch = blocks < fit ? blocks : fit;
+    _Alignas(64) float terms[QZ_TERMS];
+    memset(job->y, 0, (size_t)(job->m * QZ_TILE_ROWS) * sizeof *job->y);
+    if (job->rows < QZ_TILE_ROWS) memset(terms, 0, sizeof terms);
+    for (ptrdiff_t begin = 0; begin < blocks; begin += pitch) {
+        ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
+        panel_terms(terms, pitch, job, begin, end, bits, block, per_group, digits);
+        for (ptrdiff_t m = 0; m < job->m; m++) {
+            add_terms_in_order(job->y + m * QZ_TILE_ROWS, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);
+        }
+    }
+    make_nan_canonical(job->y, job->m * QZ_TILE_ROWS);
 }
 
 QZ_INLINE void matmul_t(const qz_matmul_job *job, int bits, int block, int digits) {
-    const ptrdiff_t blocks = job->columns / block;
-    panel_t panel;
-    memset(job->y, 0, (size_t)(job->m * QZ_TILE_ROWS) * sizeof *job->y);
-    for (ptrdiff_t first = 0; first < blocks; first += QZ_PANEL_BLOCKS) {
-        ptrdiff_t count = blocks - first < QZ_PANEL_BLOCKS ? blocks - first : QZ_PANEL_BLOCKS;
-        ptrdiff_t padded = (count + QZ_LANES - 1) / QZ_LANES * QZ_LANES;
-        load_panel_t(&panel, job, first, count, padded, bits, block);
-        matmul_panel_t(&panel, job, first, count, bits, block, digits);
+    for (ptrdiff_t m = 0; m < job->m; m += QZ_DECODE_ROWS) {
+        qz_matmul_job some = *job;
+        some.x += m * job->x_stride;
+        some.y += m * QZ_TILE_ROWS;
+        some.m = job->m - m < QZ_DECODE_ROWS ? job->m - m : QZ_DECODE_ROWS;
+        if (job->group_size == block) {
+            decode_t(&some, bits, block, 1, digits);
+        } else {
+            decode_t(&some, bits, block, 2, digits);
+        }
     }
-    make_nan_canonical(job->y, job->m * QZ_TILE_ROWS);
 }
 
 /* ---- y = x W: weights [K, N], groups along N ----------------------------------------------------------------------

@@ -1,10 +1,17 @@
 /* x as digit planes, the form in which the vector kernels of the exact class read it.
  *
- * A prepared row holds, for k padded to whole vectors of sums: the digits of all blocks, for every QZ_VECTOR_BYTES
- * consecutive k one vector per digit, lowest first; then five numbers per block (see below). Padding blocks are zero
- * throughout, so that their terms are +0: adding +0 changes no sum, since a sum that starts at +0 is never -0. */
+ * The kernels take codes in steps: of as many vectors as one vector of packed bytes unfolds to (unpack_folded), or of
+ * as many such as fill a block. A prepared row holds, for k padded to whole vectors of sums, for every step and digit,
+ * lowest first, the digits in the order of the step's codes; then five numbers per block (see below). Padding blocks
+ * are zero throughout, so that their terms are +0: adding +0 changes no sum, since a sum that starts at +0 is never -0.
+ */
 
 #define QZ_VECTOR_BYTES (4 * QZ_LANES)
+
+/* Codes of a step, and its vectors of codes. */
+#define QZ_STEP(bits, block) (QZ_FOLD(bits) * QZ_VECTOR_BYTES > (block) ? QZ_FOLD(bits) * QZ_VECTOR_BYTES : (block))
+#define QZ_UNITS(bits, block) (QZ_STEP(bits, block) / QZ_VECTOR_BYTES)
+enum { QZ_MAX_UNITS = 4 };
 
 typedef struct planes {
     int8_t *digits;
@@ -86,23 +93,31 @@ QZ_INLINE void set_offsets(int32_t *offset, int32_t *offset_high, int32_t sum, i
     *offset_high = (int32_t)(centre * top);
 }
 
+/* `count` bytes of codes' order to that of unpack_folded. */
+QZ_INLINE void fold_bytes(int8_t *to, const int8_t *from, int count, int fold) {
+    for (int i = 0; i < count; i += fold * QZ_VECTOR_BYTES) {
+        for (int j = 0; j < QZ_VECTOR_BYTES; j++) {
+            for (int f = 0; f < fold; f++) to[i + f * QZ_VECTOR_BYTES + j] = from[i + j * fold + f];
+        }
+    }
+}
+
 QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
     const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
+    const int step = QZ_STEP(bits, block), fold = QZ_FOLD(bits);
     planes to = planes_at(prepared, k, block, digits);
     memset(prepared, 0, planes_size(k, block, digits));
-    for (ptrdiff_t b = 0; b * block < k; b++) {
-        int32_t v[QZ_MAX_BLOCK], high;
-        if (!fixed_point(v, x + b * block, block, p, &to.scale[b])) return 0;
-        int32_t sum = 0, high_sum = 0;
-        const int run = block < QZ_VECTOR_BYTES ? block : QZ_VECTOR_BYTES;
-        for (int i = 0; i < block; i += run) {
-            ptrdiff_t at = b * block + i, vector = at / QZ_VECTOR_BYTES, place = at % QZ_VECTOR_BYTES;
-            int8_t *digit = to.digits + vector * digits * QZ_VECTOR_BYTES + place;
-            sum += store_digits(digit, QZ_VECTOR_BYTES, v + i, run, digits, &high);
-            high_sum += high;
+    for (ptrdiff_t begin = 0; begin < k; begin += step) {
+        int8_t ordered[QZ_MAX_DIGITS][4 * QZ_VECTOR_BYTES < QZ_MAX_BLOCK ? QZ_MAX_BLOCK : 4 * QZ_VECTOR_BYTES] = {{0}};
+        for (ptrdiff_t at = begin; at < k && at < begin + step; at += block) {
+            int32_t v[QZ_MAX_BLOCK], high;
+            const ptrdiff_t b = at / block;
+            if (!fixed_point(v, x + at, block, p, &to.scale[b])) return 0;
+            int32_t sum = store_digits(ordered[0] + (at - begin), sizeof ordered[0], v, block, digits, &high);
+            to.sum[b] = (float)sum;
+            set_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, wide);
         }
-        to.sum[b] = (float)sum;
-        set_offsets(&to.offset[b], &to.offset_high[b], sum, high_sum, bits, wide);
+        for (int d = 0; d < digits; d++) fold_bytes(to.digits + begin * digits + d * step, ordered[d], step, fold);
     }
     return 1;
 }

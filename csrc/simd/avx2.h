@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "../arch.h"
 #include "../half.h"
 #include "bits.h"
 
@@ -81,6 +82,7 @@ static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
 
 static inline v_u8 u8_of_i32(v_i32 v) { return v; }
 static inline v_u8 load_u8(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+static inline void store_u8(uint8_t *to, v_u8 v) { _mm256_storeu_si256((__m256i *)to, v); }
 
 /* VPMADDUBSW saturates at int16: two products of a 7-bit code and an int8 stay below 2 * 127 * 128 = 32512. Codes of 8
  * bits go nibble by nibble: 2 * 15 * 128 = 3840, and the high nibbles' sum counts 16-fold. */
@@ -94,7 +96,74 @@ static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
     return _mm256_add_epi32(sum, both);
 }
 
-static inline v_i32 add_neighbours(v_i32 a, v_i32 b) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8); }
+/* Sums of VPMADDUBSW stay within int16 for so many units: 32767 / (2 * 128 * (2^bits - 1)). */
+#define QZ_UNITS_IN_I16(bits) ((bits) == 8 ? 8 : 127 / ((1 << (bits)) - 1))
+
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits) {
+    const __m256i one = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
+    const int together = units < QZ_UNITS_IN_I16(bits) ? units : QZ_UNITS_IN_I16(bits);
+    QZ_UNROLL
+    for (int i = 0; i < units; i += together) {
+        __m256i low = _mm256_setzero_si256(), high = low;
+        QZ_UNROLL
+        for (int j = 0; j < together; j++) {
+            v_u8 code = codes[i + j], digit = load_u8(digits + 32 * (i + j));
+            if (bits == 8) {
+                v_u8 upper = _mm256_and_si256(_mm256_srli_epi16(code, 4), nibble);
+                high = _mm256_add_epi16(high, _mm256_maddubs_epi16(upper, digit));
+                code = _mm256_and_si256(code, nibble);
+            }
+            low = _mm256_add_epi16(low, _mm256_maddubs_epi16(code, digit));
+        }
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, one));
+        if (bits == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    }
+    return sum;
+}
+
+static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
+    return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+}
+static inline v_i32 add_pairs_64(v_i32 a, v_i32 b) {
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    if (lanes == 8) {
+        __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
+        __m256i b = add_pairs_64(add_pairs_32(v[4], v[5]), add_pairs_32(v[6], v[7]));
+        return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+    if (lanes == 4) {
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
+        return _mm256_permutevar8x32_epi32(a, order);
+    }
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(v[0], v[1]), 0xd8);
+}
+
+QZ_INLINE void transpose_f32(v_f32 *rows) {
+    __m256 t[8], u[8];
+    QZ_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        rows[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
+static inline v_f32 double_lanes(v_f32 v) {
+    return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
 
 static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d) {
     __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
@@ -142,9 +211,12 @@ static inline __m256i unpack_32_codes(const uint8_t *packed, int bits) {
     if (bits >= 4) {
         bytes = _mm256_loadu2_m128i((const __m128i *)(packed + 4 * bits - 16), (const __m128i *)packed);
     } else {
-        uint8_t few[16] = {0};
-        memcpy(few, packed, (size_t)(4 * bits));
-        bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)few));
+        int32_t last;
+        memcpy(&last, packed + 4 * bits - 4, sizeof last);
+        __m128i few = _mm_cvtsi32_si128(last);
+        if (bits == 2) few = _mm_loadl_epi64((const __m128i *)packed);
+        if (bits == 3) few = _mm_insert_epi32(_mm_loadl_epi64((const __m128i *)packed), last, 2);
+        bytes = _mm256_broadcastsi128_si256(few);
     }
     return _mm256_packus_epi16(fetch_16_codes(bytes, bits, 0), fetch_16_codes(bytes, bits, 1));
 }
@@ -155,6 +227,20 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
         _mm256_storeu_si256((__m256i *)(codes + i), unpack_32_codes(packed + i / 8 * bits, bits));
     }
     unpack_bits_by_8(codes + i, packed + i / 8 * bits, bits, count - i);
+}
+
+QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
+    const int fold = QZ_FOLD(bits);
+    const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
+    if (fold == 1) {
+        codes[0] = unpack_32_codes(packed, bits);
+        return;
+    }
+    v_u8 bytes = load_u8(packed);
+    /* Without this, compilers load the bytes anew for each shift. */
+    __asm__("" : "+x"(bytes));
+    QZ_UNROLL
+    for (int i = 0; i < fold; i++) codes[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, i * bits), mask);
 }
 
 #endif

@@ -3,6 +3,7 @@
 #ifndef QZ_SIMD_AVX512_H
 #define QZ_SIMD_AVX512_H
 
+#include "../arch.h"
 #include "../half.h"
 #include "bits.h"
 
@@ -76,16 +77,80 @@ static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
 
 static inline v_u8 u8_of_i32(v_i32 v) { return v; }
 static inline v_u8 load_u8(const void *from) { return _mm512_loadu_si512(from); }
+static inline void store_u8(uint8_t *to, v_u8 v) { _mm512_storeu_si512(to, v); }
 
 static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
     (void)bits;
     return _mm512_dpbusd_epi32(sum, codes, digits);
 }
 
-static inline v_i32 add_neighbours(v_i32 a, v_i32 b) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits) {
+    (void)bits;
+    QZ_UNROLL
+    for (int i = 0; i < units; i++) sum = _mm512_dpbusd_epi32(sum, codes[i], load_u8(digits + 64 * i));
+    return sum;
+}
+
+static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+static inline v_i32 add_pairs_64(v_i32 a, v_i32 b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+static inline v_i32 add_pairs_128(v_i32 a, v_i32 b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+static inline v_i32 add_four(const v_i32 *v) {
+    return add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
+}
+/* After the additions the sums stand in the order of the shuffles; one permutation puts them in order. */
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    const __m512i of_8 = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const __m512i of_4 = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i of_2 = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    if (lanes == 16) {
+        return add_pairs_128(add_pairs_128(add_four(v), add_four(v + 4)),
+                             add_pairs_128(add_four(v + 8), add_four(v + 12)));
+    }
+    if (lanes == 8) return _mm512_permutexvar_epi32(of_8, add_pairs_128(add_four(v), add_four(v + 4)));
+    if (lanes == 4) return _mm512_permutexvar_epi32(of_4, add_four(v));
+    const __m512 a = _mm512_castsi512_ps(v[0]), b = _mm512_castsi512_ps(v[1]);
+    const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));
+    const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
+    return _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
+}
+
+QZ_INLINE void transpose_f32(v_f32 *rows) {
+    __m512 t[16];
+    QZ_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        rows[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+        rows[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        rows[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(rows[i], rows[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_f32x4(rows[i], rows[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_f32x4(rows[8 + i], rows[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_f32x4(rows[8 + i], rows[12 + i], 0xdd);
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+        rows[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+        rows[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+        rows[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+static inline v_f32 double_lanes(v_f32 v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), v);
 }
 
 /* The unpacking leaves in 128-bit lane i of q0...q3 the elements 16 i + (0...15); the rest transposes those lanes. */
@@ -102,9 +167,9 @@ static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8
     _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(q01_high, q23_high, 0xdd));
 }
 
-/* 64 codes at a time, of any width: VPERMB brings the `bits` bytes of eight codes into each 64-bit lane, VPMULTISHIFTQB
- * takes from it the eight bits at 0, bits, ..., 7 * bits, and the mask drops those of the next code. */
-static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
+/* VPERMB brings the `bits` bytes of eight codes into each 64-bit lane, VPMULTISHIFTQB takes from it the eight bits at
+ * 0, bits, ..., 7 * bits, and the mask drops those of the next code. */
+static inline __m512i take_codes(__m512i bytes, int bits) {
     const __m512i bytes_of_lane = _mm512_set1_epi64(0x0706050403020100);
     const __m512i lanes =
         _mm512_setr_epi64(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303, 0x0404040404040404,
@@ -113,11 +178,33 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
     const __m512i fetch = _mm512_add_epi8(bytes_of_lane, _mm512_mullo_epi16(lanes, _mm512_set1_epi16((short)bits)));
     const __m512i shifts = _mm512_set1_epi64(0x0706050403020100 * bits);
     const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(fetch, bytes)), mask);
+}
+
+QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
+    const int fold = QZ_FOLD(bits);
+    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    if (fold == 1) {
+        __m512i bytes = bits == 8 ? load_u8(packed) : _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - 8 * bits), packed);
+        codes[0] = bits == 8 ? bytes : take_codes(bytes, bits);
+        return;
+    }
+    v_u8 bytes = load_u8(packed);
+#ifndef QZ_EMULATE_AVX512
+    /* Without this, compilers load the bytes anew for each shift. */
+    __asm__("" : "+v"(bytes));
+#endif
+    QZ_UNROLL
+    for (int i = 0; i < fold; i++) {
+        codes[i] = _mm512_and_si512(_mm512_srli_epi32(bytes, (unsigned)(i * bits)), mask);
+    }
+}
+
+static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += 64) {
         ptrdiff_t some = count - i < 64 ? count - i : 64; /* a multiple of 8 */
         __m512i bytes = _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - some / 8 * bits), packed + i / 8 * bits);
-        bytes = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(fetch, bytes));
-        _mm512_mask_storeu_epi8(codes + i, ~UINT64_C(0) >> (64 - some), _mm512_and_si512(bytes, mask));
+        _mm512_mask_storeu_epi8(codes + i, ~UINT64_C(0) >> (64 - some), take_codes(bytes, bits));
     }
 }
 

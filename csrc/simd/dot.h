@@ -7,15 +7,35 @@
 #ifndef QZ_SIMD_DOT_H
 #define QZ_SIMD_DOT_H
 
+#include "../arch.h"
+
+/* Whole codes in a byte, where codes do not straddle bytes and are narrower than one. */
+#define QZ_FOLD(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 1)
+
 static inline v_u8 u8_of_i32(v_i32 v);
 static inline v_u8 load_u8(const void *from);
+static inline void store_u8(uint8_t *to, v_u8 v);
 
 /* Adds to lane i the sum over its own four bytes j = 4 i ... 4 i + 3 of (codes[j] - zero) * digits[j], exact modulo
  * 2^32. codes are unsigned and below 2^bits; digits are signed bytes, -128 among them. */
 static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits);
 
-/* a[0] + a[1], a[2] + a[3], ... in the lower half, the same of b in the upper half, modulo 2^32. */
-static inline v_i32 add_neighbours(v_i32 a, v_i32 b);
+/* The same over `units` vectors of codes, each against a vector of digits of its own. */
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits);
+
+/* Codes of consecutive packed bytes, in the order that costs least: of 4 * QZ_LANES bytes, vector j holds codes
+ * QZ_FOLD(bits) * i + j of every i. Widths that do not divide a byte come in order, one vector of them. */
+QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits);
+
+/* Of `lanes` vectors, each of which holds QZ_LANES / lanes blocks of `lanes` neighbouring lanes, the sums of all
+ * QZ_LANES blocks, in order, modulo 2^32. lanes is a power of two up to QZ_LANES. */
+QZ_INLINE v_i32 sum_blocks(const v_i32 *sums, int lanes);
+
+/* Rows become columns: QZ_LANES vectors, in place. */
+QZ_INLINE void transpose_f32(v_f32 *rows);
+
+/* v[0] v[0] v[1] v[1] ...: the lower half, every lane twice. */
+static inline v_f32 double_lanes(v_f32 v);
 
 /* a[0] b[0] c[0] d[0] a[1] b[1] ...: four vectors of bytes. */
 static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d);

@@ -4,6 +4,7 @@
 
 #include <arm_neon.h>
 
+#include "../arch.h"
 #include "../half.h"
 #include "bits.h"
 
@@ -75,6 +76,7 @@ static inline void store_f16_from_f32(uint16_t *to, v_f32 v) { vst1_u16(to, vrei
 
 static inline v_u8 u8_of_i32(v_i32 v) { return vreinterpretq_u8_s32(v); }
 static inline v_u8 load_u8(const void *from) { return vld1q_u8(from); }
+static inline void store_u8(uint8_t *to, v_u8 v) { vst1q_u8(to, v); }
 
 static inline int8x16_t signed_codes(v_u8 codes, int bits) {
     return vreinterpretq_s8_u8(bits == 8 ? veorq_u8(codes, vdupq_n_u8(128)) : codes);
@@ -93,7 +95,25 @@ static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
 }
 #endif
 
-static inline v_i32 add_neighbours(v_i32 a, v_i32 b) { return vpaddq_s32(a, b); }
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits) {
+    QZ_UNROLL
+    for (int i = 0; i < units; i++) sum = dot4(sum, codes[i], load_u8(digits + 16 * i), bits);
+    return sum;
+}
+
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    if (lanes == 4) return vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3]));
+    return vpaddq_s32(v[0], v[1]);
+}
+
+QZ_INLINE void transpose_f32(v_f32 *rows) {
+    float32x4x2_t a = vtrnq_f32(rows[0], rows[1]), b = vtrnq_f32(rows[2], rows[3]);
+    rows[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    rows[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    rows[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    rows[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+static inline v_f32 double_lanes(v_f32 v) { return vzip1q_f32(v, v); }
 
 static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d) {
     const uint8x16x4_t all = {{a, b, c, d}};
@@ -124,6 +144,24 @@ static inline uint8x16_t fetch_16_codes(uint8x16_t bytes, ptrdiff_t at, const co
     uint8x16_t low = vshlq_u8(vqtbl1q_u8(bytes, first), p->down);
     uint8x16_t high = vshlq_u8(vqtbl1q_u8(bytes, next), vaddq_s8(p->down, vdupq_n_s8(8)));
     return vandq_u8(vorrq_u8(low, high), p->mask);
+}
+
+QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
+    const int fold = QZ_FOLD(bits);
+    if (bits == 8) {
+        codes[0] = vld1q_u8(packed);
+    } else if (fold == 1) {
+        const code_places places = places_of_codes(bits);
+        uint8_t bytes[16] = {0};
+        memcpy(bytes, packed, (size_t)(2 * bits));
+        codes[0] = fetch_16_codes(vld1q_u8(bytes), 0, &places);
+    } else {
+        const uint8x16_t mask = vdupq_n_u8((uint8_t)((1 << bits) - 1)), bytes = vld1q_u8(packed);
+        QZ_UNROLL
+        for (int i = 0; i < fold; i++) {
+            codes[i] = vandq_u8(vshlq_u8(bytes, vdupq_n_s8((int8_t)(-i * bits))), mask);
+        }
+    }
 }
 
 /* Sixteen codes a step. Bytes are read 16 at a time; where fewer than 16 are left, all further codes come out of the
