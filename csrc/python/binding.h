@@ -13,9 +13,10 @@
 
 typedef struct module_state {
     PyTypeObject *plan_type;
-    PyObject *empty, *asarray;             /* numpy's */
-    PyObject *f32, *f16, *u16, *u32, *f64; /* numpy dtypes */
-    PyObject *ml_bfloat16;                 /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
+    PyObject *ndarray, *empty, *asarray;         /* numpy's */
+    PyObject *f32, *f16, *u16, *u32, *i32, *f64; /* numpy dtypes */
+    PyObject *ml_bfloat16;                       /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
+    PyObject *dtype_name;                        /* "dtype", interned */
 } module_state;
 
 extern struct PyModuleDef qz_module;
@@ -62,7 +63,8 @@ PyObject *qz_shape_text(const ptrdiff_t *shape, int ndim);
 /* ---- arrays (array.c, dlpack.c)
  * ------------------------------------------------------------------------------------------ */
 
-/* An array argument and what keeps its memory alive. Zero-initialise; release with qz_release. */
+/* An array argument and what keeps its memory alive. Open with qz_open_view, which leaves all but the flags as it is:
+ * to clear the kilobytes of a call's views would take longer than its checks. Release with qz_release. */
 typedef struct view {
     qz_array array;
     int is_ml_dtype; /* bfloat16 as an ml_dtypes array */
@@ -71,7 +73,24 @@ typedef struct view {
     PyObject *owner; /* a capsule of DLPack, or an array made on the way */
 } view;
 
+static inline void qz_open_view(view *v) {
+    v->is_ml_dtype = 0;
+    v->has_buffer = 0;
+    v->owner = NULL;
+}
+
 void qz_release(view *v);
+
+/* Copies the axes that there are. */
+static inline void qz_copy_array(qz_array *to, const qz_array *from) {
+    to->data = from->data;
+    to->type = from->type;
+    to->ndim = from->ndim;
+    for (int i = 0; i < from->ndim; i++) {
+        to->shape[i] = from->shape[i];
+        to->strides[i] = from->strides[i];
+    }
+}
 
 typedef struct call {
     module_state *state;
@@ -87,15 +106,25 @@ int qz_take_floats(view *v, const call *c, const char *name, PyObject *object);
 /* Packed codes: uint32, or int32 with the same bits. */
 int qz_take_codes(view *v, const call *c, const char *name, PyObject *object);
 
+/* What an array result is, or must be if it is given. */
+typedef struct wanted {
+    const char *name;
+    qz_type type;
+    int as_ml_dtype; /* whether a new array of bfloat16 is one of ml_dtypes; else it is of uint16 */
+    int ndim;
+    const ptrdiff_t *shape;
+} wanted;
+
 /* Writable memory for a result: `out` if it is not None, checked, else a new array. *result is a new reference. */
-int qz_take_result(view *v, PyObject **result, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
-                   const ptrdiff_t *shape);
+int qz_take_result(view *v, PyObject **result, const call *c, PyObject *out, const wanted *want);
 
-/* A bfloat16 result as the caller gets it: an ml_dtypes array if `as_ml_dtype`, else uint16. Steals the reference. */
-PyObject *qz_finish_result(const call *c, PyObject *result, qz_type type, int as_ml_dtype, PyObject *out);
+typedef struct named_view {
+    const char *name;
+    const view *view;
+} named_view;
 
-/* ValueError if memory of the two views may overlap. */
-int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const char *in_name, const view *in);
+/* ValueError if memory of `out` may overlap that of one of the others. */
+int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const named_view *others, int count);
 
 /* Takes `object` through DLPack. 1: done; 0: it has no __dlpack__; -1: an exception is set. */
 int qz_take_dlpack(view *v, const call *c, const char *name, PyObject *object, int writable);

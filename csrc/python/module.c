@@ -91,13 +91,12 @@ static int take_numpy(module_state *state) {
     const struct {
         PyObject **to;
         const char *name;
-    } wanted[] = {{&state->f32, "float32"},
-                  {&state->f16, "float16"},
-                  {&state->u16, "uint16"},
-                  {&state->u32, "uint32"},
-                  {&state->f64, "float64"}};
+    } wanted[] = {{&state->f32, "float32"}, {&state->f16, "float16"}, {&state->u16, "uint16"},
+                  {&state->u32, "uint32"},  {&state->i32, "int32"},   {&state->f64, "float64"}};
     PyObject *numpy = PyImport_ImportModule("numpy");
     if (!numpy) return -1;
+    state->dtype_name = PyUnicode_InternFromString("dtype");
+    state->ndarray = PyObject_GetAttrString(numpy, "ndarray");
     state->empty = PyObject_GetAttrString(numpy, "empty");
     state->asarray = PyObject_GetAttrString(numpy, "asarray");
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
@@ -115,16 +114,19 @@ static int execute(PyObject *module) {
 }
 
 /* Everything that the state owns. */
-enum { OWNED = 9 };
+enum { OWNED = 12 };
 
 static void owned_objects(module_state *state, PyObject **owned[OWNED]) {
     PyObject **const all[OWNED] = {(PyObject **)&state->plan_type,
+                                   &state->dtype_name,
+                                   &state->ndarray,
                                    &state->empty,
                                    &state->asarray,
                                    &state->f32,
                                    &state->f16,
                                    &state->u16,
                                    &state->u32,
+                                   &state->i32,
                                    &state->f64,
                                    &state->ml_bfloat16};
     memcpy(owned, all, sizeof all);
