@@ -126,33 +126,29 @@ static int check_writable(const view *v, const call *c, const char *name, int wr
     return qz_raise(PyExc_ValueError, c->op, "%s is read-only", name);
 }
 
+/* The element type that goes with a dtype object: 1 with *type set, 0 if it is none of those that we hold. */
+static int dtype_type(const call *c, const PyObject *dtype, qz_type *type) {
+    const module_state *state = c->state;
+    if (dtype == state->f32) return *type = QZ_F32, 1;
+    if (dtype == state->u32 || dtype == state->i32) return *type = QZ_U32, 1;
+    if (dtype == state->f16) return *type = QZ_F16, 1;
+    if (dtype == state->f64) return *type = QZ_F64, 1;
+    *type = QZ_BF16;
+    return dtype == state->ml_bfloat16 || (dtype == state->u16 && c->raw_bfloat16);
+}
+
 /* The buffer of a plain NumPy array, whose dtype tells the type: NumPy spells the format of a buffer anew each time,
  * which costs more than all else that it does, and has none for bfloat16. 1: taken; 0: to be taken in another way; -1:
  * error. */
 static int take_plain_array(view *v, const call *c, PyObject *object) {
-    const module_state *state = c->state;
-    if ((PyObject *)Py_TYPE(object) != state->ndarray) return 0;
-    PyObject *dtype = PyObject_GetAttr(object, state->dtype_name);
+    if ((PyObject *)Py_TYPE(object) != c->state->ndarray) return 0;
+    PyObject *dtype = PyObject_GetAttr(object, c->state->dtype_name);
     if (!dtype) return -1;
-    Py_DECREF(dtype); /* the array keeps it alive; only its address is compared */
-    const struct {
-        const PyObject *dtype;
-        qz_type type;
-    } known[] = {{state->f32, QZ_F32},
-                 {state->u32, QZ_U32},
-                 {state->ml_bfloat16, QZ_BF16},
-                 {state->f16, QZ_F16},
-                 {state->f64, QZ_F64},
-                 {state->i32, QZ_U32},
-                 {c->raw_bfloat16 ? state->u16 : NULL, QZ_BF16}};
-    enum { KNOWN = sizeof known / sizeof *known };
-    int found = 0;
-    while (found < KNOWN && known[found].dtype != dtype) found++;
-    if (found == KNOWN) return 0;
+    Py_DECREF(dtype); /* from here on an address to compare */
+    if (!dtype_type(c, dtype, &v->array.type)) return 0;
     if (PyObject_GetBuffer(object, &v->buffer, PyBUF_STRIDED_RO) < 0) return clear_unless_serious();
     v->has_buffer = 1;
-    v->array.type = known[found].type;
-    v->is_ml_dtype = dtype == state->ml_bfloat16;
+    v->is_ml_dtype = dtype == c->state->ml_bfloat16;
     return 1;
 }
 

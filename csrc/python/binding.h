@@ -11,26 +11,32 @@
 /* ---- module state
  * ---------------------------------------------------------------------------------------------------- */
 
+typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE, OP_KINDS } op_kind;
+
+enum { QZ_MAX_PARAMETERS = 11 }; /* of an operation, the plan not counted */
+
+/* Owned references alone: module.c walks them as an array. */
 typedef struct module_state {
     PyTypeObject *plan_type;
-    PyObject *ndarray, *empty, *asarray;         /* numpy's */
-    PyObject *f32, *f16, *u16, *u32, *i32, *f64; /* numpy dtypes */
-    PyObject *ml_bfloat16;                       /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
-    PyObject *dtype_name;                        /* "dtype", interned */
+    PyObject *settings, *get_settings; /* the ContextVar of the context managers, and its method get */
+    PyObject *names[OP_KINDS][QZ_MAX_PARAMETERS], *defaults[OP_KINDS][QZ_MAX_PARAMETERS]; /* NULL after the last */
+    PyObject *ndarray, *empty, *asarray;                                                  /* numpy's */
+    PyObject *f32, *f16, *u16, *u32, *i32, *f64;                                          /* numpy dtypes */
+    PyObject *ml_bfloat16; /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
+    PyObject *dtype_name;  /* "dtype", interned */
 } module_state;
 
 extern struct PyModuleDef qz_module;
 
-/* ---- compiled kernels (plan.c)
+/* ---- compiled kernels (plan.c, kernel.c)
  * ----------------------------------------------------------------------------------------- */
-
-typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE } op_kind;
 
 typedef struct op_row {
     const char *name;
     op_kind kind;
     const char *mode; /* of formats.def */
     int transpose;    /* of a matmul */
+    int takes_output_features;
 } op_row;
 
 typedef struct plan_object {
@@ -39,7 +45,10 @@ typedef struct plan_object {
     int threads; /* 0: the global limit */
 } plan_object;
 
-extern PyType_Spec qz_plan_spec;
+extern PyType_Spec qz_plan_spec, qz_kernel_spec;
+
+/* Makes what binds the arguments of calls (kernel.c): state->names and state->defaults. 0 or -1. */
+int qz_prepare_calls(module_state *state);
 
 /* The first argument of a call as a plan of this kind; NULL with TypeError set if it is none. */
 const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind);
