@@ -1,9 +1,14 @@
 """What the package says of itself, and which compiled kernel a call uses."""
 
+import copy
+import gc
+import inspect
 import os
+import pickle
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +225,204 @@ def test_blocks_that_fail_to_open_change_nothing():
         with pytest.raises(RuntimeError), block:
             raise AssertionError
     assert q.show_config().kernels == before
+
+
+# ---- calls ----
+
+PARAMETERS = {
+    q.AffineQuantize: q.affine_quantize,
+    q.AffineDequantize: q.affine_dequantize,
+    q.AffineQmmT: q.affine_qmm_t,
+    q.AffineQmmN: q.affine_qmm_n,
+    q.AffineQmv: q.affine_qmv,
+    q.AffineQvm: q.affine_qvm,
+    q.VariableQuantizationKernel: q.quantize,
+}
+
+
+def ordinary_calls(kernel_class):
+    """Arguments by position and by name, with a value other than the default for each that has one."""
+    w = np.linspace(-1, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    if kernel_class is q.VariableQuantizationKernel:
+        return [w], {"bits": 3, "out": np.zeros_like(w), "input_dtype": "bfloat16"}
+    stored = q.affine_quantize(w, 32, 8)
+    sizes = {"group_size": 32, "bits": 8}
+    last = {"input_dtype": "bfloat16"}
+    if kernel_class is q.AffineQuantize:
+        out = (None, np.zeros((64, 2), np.float16), None)
+        return [w], {**sizes, "profile": "cpu", "scale_dtype": "float16", "out": out, **last}
+    if kernel_class is q.AffineDequantize:
+        return list(stored), {
+            **sizes,
+            "dtype": "float16",
+            "profile": "cpu",
+            "out": np.zeros((64, 64), np.float16),
+            **last,
+        }
+    features = {} if kernel_class is q.AffineQmmT else {"output_features": 64}
+    out = np.zeros(64, np.float32)
+    words = {"accumulate": "exact", "activations": "int8", "out": out, **last}
+    return [w[3], *stored], {**features, **sizes, **words}
+
+
+def as_bytes(result):
+    return [array.tobytes() for array in (result if isinstance(result, tuple) else (result,))]
+
+
+def outcome(function, given, keywords):
+    try:
+        return as_bytes(function(*given, **keywords))
+    except (TypeError, ValueError) as error:  # such as an out that does not fit a default
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("kernel_class", KERNELS)
+def test_the_core_binds_arguments_as_python_does(kernel_class):
+    """Every parameter at every place that it may take, against the call as Python defines it."""
+    arrays, options = ordinary_calls(kernel_class)
+    names = list(inspect.signature(kernel_class()).parameters)
+    assert names[len(arrays) :] == list(options)
+    positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(kernel_class()).parameters.values())
+    kernel = kernel_class()
+    kernel.compile()
+    assert isinstance(outcome(kernel, arrays, options), list)
+    values = [*arrays, *options.values()]
+    for by_position in range(positional + 1):
+        for left_out in (None, *options):
+            given = values[:by_position]
+            named = dict(list(zip(names, values, strict=True))[by_position:])
+            named.pop(left_out, None)
+            for keywords in (named, dict(reversed(named.items()))):
+                assert outcome(kernel, given, keywords) == outcome(kernel._call, given, keywords)
+
+
+@pytest.mark.parametrize("kernel_class", KERNELS)
+def test_calls_that_do_not_fit_are_refused_in_pythons_words(kernel_class):
+    arrays, options = ordinary_calls(kernel_class)
+    kernel = kernel_class()
+    kernel.compile()
+    first = next(iter(inspect.signature(kernel).parameters))
+    wrong = [
+        ([], {}),
+        ([], options),
+        (arrays[:-1], options),
+        (arrays * 9, {}),
+        (arrays, {"nonsense": 1}),
+        (arrays, {first: arrays[0]}),
+        (arrays, {**options, "plan": 1}),
+    ]
+    if kernel_class is q.AffineQmmT:
+        wrong.append((arrays, {"output_features": 64}))
+    for given, named in wrong:
+        with pytest.raises(TypeError) as by_python:
+            kernel._call(*given, **named)
+        with pytest.raises(TypeError) as by_core:
+            kernel(*given, **named)
+        assert str(by_core.value) == str(by_python.value)
+
+
+@pytest.mark.parametrize("kernel_class", KERNELS)
+def test_names_that_are_not_interned(kernel_class):
+    arrays, options = ordinary_calls(kernel_class)
+    named = {"".join([name[:1], name[1:]]): value for name, value in options.items()}
+    kernel = kernel_class()
+    assert as_bytes(kernel(*arrays, **named)) == as_bytes(kernel(*arrays, **options))
+
+
+@pytest.mark.parametrize("kernel_class", KERNELS)
+def test_a_kernel_has_the_signature_of_its_function(kernel_class):
+    found, expected = (inspect.signature(thing).parameters for thing in (kernel_class(), PARAMETERS[kernel_class]))
+    assert [(p.name, p.kind) for p in found.values()] == [(p.name, p.kind) for p in expected.values()]
+    own = inspect.signature(kernel_class)
+    assert list(own.parameters) == [
+        name for name in inspect.signature(kernel_class.__init__).parameters if name != "self"
+    ]
+
+
+def test_a_kernel_with_a_call_of_its_own():
+    class Half(q.VariableQuantizationKernel):
+        def __call__(self, x):
+            return super().__call__(x, bits=2) / 2
+
+    kernel = Half()
+    for _ in range(2):
+        assert np.array_equal(kernel([-1.0, 1.0]), [-0.5, 0.5])
+    assert list(inspect.signature(Half.__call__).parameters) == ["self", "x"]
+
+
+def test_sizes_of_a_kernel_may_change():
+    """Also while a call reads them: the call keeps its own."""
+    kernel = q.AffineQuantize(32, 8)
+    kernel.compile()
+    w = np.ones((1, 64), np.float32)
+    assert kernel(w)[0].shape == (1, 16)
+    kernel.bits = 4
+    assert kernel(w)[0].shape == (1, 8)
+
+    class Shifty:
+        def __index__(self):
+            kernel.group_size, kernel.bits = 64, 2
+            return 32
+
+    kernel.group_size, kernel.bits = Shifty(), int("8")
+    assert kernel(w)[0].shape == (1, 16)
+    assert kernel(w)[0].shape == (1, 4)
+
+
+@pytest.mark.parametrize("kernel_class", KERNELS)
+def test_kernels_can_be_copied_and_pickled(kernel_class):
+    arrays, options = ordinary_calls(kernel_class)
+    kernel = kernel_class()
+    kernel.compile()
+    for other in (copy.copy(kernel), copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel))):
+        assert type(other) is kernel_class and other._kernel is None and other._plans is not kernel._plans
+        assert as_bytes(other(*arrays, **options)) == as_bytes(kernel(*arrays, **options))
+
+
+def test_only_a_plan_can_be_the_compiled_kernel():
+    kernel = q.AffineQmv()
+    for thing in (None, 5, object(), kernel, _C.Plan, np.ones(3)):
+        with pytest.raises(TypeError, match=r"^_kernel must be a Plan$"):
+            kernel._kernel = thing
+    with pytest.raises(TypeError):
+        del kernel._kernel
+    assert kernel._kernel is None
+
+    class Wrong(q.AffineQmv):
+        def _find_plan(self):
+            return 5
+
+    with pytest.raises(TypeError, match=r"^_find_plan must return a Plan$"):
+        Wrong()(1.0)
+    with pytest.raises(AttributeError):
+        _C.Kernel()(1.0)
+
+
+def test_kernels_are_collected():
+    kernel = q.AffineQmv()
+    kernel.compile()
+    kernel.group_size = kernel  # a cycle through what the core holds
+    gone = weakref.ref(kernel)
+    del kernel
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("kernel_class", KERNELS)
+def test_calls_keep_and_lose_no_references(kernel_class):
+    arrays, options = ordinary_calls(kernel_class)
+    kernel = kernel_class()
+    plan = kernel.compile()
+    objects = [kernel, plan, kernel_class, *arrays]
+
+    def counts():
+        return [sys.getrefcount(thing) for thing in objects]
+
+    for keywords in (options, {"nonsense": 1}):
+        before = counts()
+        for _ in range(100):
+            try:
+                kernel(*arrays, **keywords)
+            except TypeError:
+                assert "nonsense" in keywords
+        assert counts() == before

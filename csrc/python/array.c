@@ -126,6 +126,32 @@ static int check_writable(const view *v, const call *c, const char *name, int wr
     return qz_raise(PyExc_ValueError, c->op, "%s is read-only", name);
 }
 
+/* The element type that goes with a dtype object: 1 with *type set, 0 if it is none of those that we hold. */
+static int dtype_type(const call *c, const PyObject *dtype, qz_type *type) {
+    const module_state *state = c->state;
+    if (dtype == state->f32) return *type = QZ_F32, 1;
+    if (dtype == state->u32 || dtype == state->i32) return *type = QZ_U32, 1;
+    if (dtype == state->f16) return *type = QZ_F16, 1;
+    if (dtype == state->f64) return *type = QZ_F64, 1;
+    *type = QZ_BF16;
+    return dtype == state->ml_bfloat16 || (dtype == state->u16 && c->raw_bfloat16);
+}
+
+/* The buffer of a plain NumPy array, whose dtype tells the type: NumPy spells the format of a buffer anew each time,
+ * which costs more than all else that it does, and has none for bfloat16. 1: taken; 0: to be taken in another way; -1:
+ * error. */
+static int take_plain_array(view *v, const call *c, PyObject *object) {
+    if ((PyObject *)Py_TYPE(object) != c->state->ndarray) return 0;
+    PyObject *dtype = PyObject_GetAttr(object, c->state->dtype_name);
+    if (!dtype) return -1;
+    Py_DECREF(dtype); /* from here on an address to compare */
+    if (!dtype_type(c, dtype, &v->array.type)) return 0;
+    if (PyObject_GetBuffer(object, &v->buffer, PyBUF_STRIDED_RO) < 0) return clear_unless_serious();
+    v->has_buffer = 1;
+    v->is_ml_dtype = dtype == c->state->ml_bfloat16;
+    return 1;
+}
+
 /* An ml_dtypes array as the uint16 array that NumPy can lend. 1: taken; 0: it lends none; -1: error. */
 static int take_ml_bfloat16(view *v, const call *c, PyObject *object) {
     qz_type type;
@@ -144,6 +170,9 @@ static int take_ml_bfloat16(view *v, const call *c, PyObject *object) {
 
 /* The buffer, or integer view, or DLPack tensor of an object. 1: taken; 0: it offers none; -1: error. */
 static int take_memory(view *v, const call *c, const char *name, PyObject *object, int writable, const char *what) {
+    int plain = take_plain_array(v, c, object);
+    if (plain < 0) return -1;
+    if (plain) return fill_from_buffer(v, c, name) < 0 || check_writable(v, c, name, writable) < 0 ? -1 : 1;
     if (PyObject_CheckBuffer(object)) {
         if (take_buffer(v, object) == 0) {
             if (!buffer_type(&v->buffer, c->raw_bfloat16, &v->array.type)) return raise_dtype(c, name, object, what);
@@ -207,20 +236,29 @@ int qz_take_codes(view *v, const call *c, const char *name, PyObject *object) {
     return qz_checked_count(c, name, v->array.shape, v->array.ndim) < 0 ? -1 : 0;
 }
 
-static PyObject *new_array(const call *c, qz_type type, int ndim, const ptrdiff_t *shape) {
-    PyObject *dtypes[] = {[QZ_F32] = c->state->f32,
-                          [QZ_F16] = c->state->f16,
-                          [QZ_BF16] = c->state->u16,
-                          [QZ_F64] = c->state->f64,
-                          [QZ_U32] = c->state->u32};
-    PyObject *sizes = PyTuple_New(ndim), *array = NULL;
-    for (int i = 0; sizes && i < ndim; i++) {
-        PyObject *size = PyLong_FromSsize_t(shape[i]);
+/* Takes a new array, of which *result is a new reference. 0 or -1. */
+static int take_new_array(view *v, PyObject **result, const call *c, const wanted *want) {
+    module_state *state = c->state;
+    const int as_ml = want->type == QZ_BF16 && want->as_ml_dtype;
+    if (as_ml && find_ml_bfloat16(state) < 0) return -1;
+    if (as_ml && !state->ml_bfloat16)
+        return qz_raise(PyExc_ImportError, c->op, "a bfloat16 dtype needs ml_dtypes: import it first");
+    PyObject *const dtypes[] = {[QZ_F32] = state->f32,
+                                [QZ_F16] = state->f16,
+                                [QZ_BF16] = as_ml ? state->ml_bfloat16 : state->u16,
+                                [QZ_F64] = state->f64,
+                                [QZ_U32] = state->u32};
+    PyObject *sizes = PyTuple_New(want->ndim);
+    for (int i = 0; sizes && i < want->ndim; i++) {
+        PyObject *size = PyLong_FromSsize_t(want->shape[i]);
         if (!size || PyTuple_SetItem(sizes, i, size) < 0) Py_CLEAR(sizes);
     }
-    if (sizes) array = PyObject_CallFunctionObjArgs(c->state->empty, sizes, dtypes[type], NULL);
+    if (sizes) *result = PyObject_CallFunctionObjArgs(state->empty, sizes, dtypes[want->type], NULL);
     Py_XDECREF(sizes);
-    return array;
+    if (!*result || PyObject_GetBuffer(*result, &v->buffer, PyBUF_STRIDED_RO) < 0) return -1;
+    v->has_buffer = 1;
+    v->array.type = want->type;
+    return fill_from_buffer(v, c, want->name);
 }
 
 static int same_shape(const qz_array *a, int ndim, const ptrdiff_t *shape) {
@@ -268,72 +306,58 @@ static int overlaps_itself(const qz_array *a) {
     return 0;
 }
 
-static int check_result(const view *v, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
-                        const ptrdiff_t *shape) {
-    if (v->array.type != type) return raise_dtype(c, name, out, result_kind(type));
-    if (!same_shape(&v->array, ndim, shape)) {
-        PyObject *want = qz_shape_text(shape, ndim), *got = qz_shape_text(v->array.shape, v->array.ndim);
-        if (want && got) qz_raise(PyExc_ValueError, c->op, "%s must have shape %U, got %U", name, want, got);
-        Py_XDECREF(want);
+static int check_result(const view *v, const call *c, PyObject *out, const wanted *want) {
+    const char *name = want->name;
+    if (v->array.type != want->type) return raise_dtype(c, name, out, result_kind(want->type));
+    if (!same_shape(&v->array, want->ndim, want->shape)) {
+        PyObject *shape = qz_shape_text(want->shape, want->ndim), *got = qz_shape_text(v->array.shape, v->array.ndim);
+        if (shape && got) qz_raise(PyExc_ValueError, c->op, "%s must have shape %U, got %U", name, shape, got);
+        Py_XDECREF(shape);
         Py_XDECREF(got);
         return -1;
     }
     if (has_zero_stride(&v->array)) {
         return qz_raise(PyExc_ValueError, c->op, "%s has a stride of 0: its elements share memory", name);
     }
-    if (qz_checked_count(c, name, shape, ndim) > 0 && overlaps_itself(&v->array)) {
+    if (qz_checked_count(c, name, want->shape, want->ndim) > 0 && overlaps_itself(&v->array)) {
         return qz_raise(PyExc_ValueError, c->op, "%s has elements that share memory: give each its own", name);
     }
     return 0;
 }
 
-int qz_take_result(view *v, PyObject **result, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
-                   const ptrdiff_t *shape) {
-    if (qz_checked_count(c, name, shape, ndim) < 0) return -1;
-    if (out == Py_None) {
-        *result = new_array(c, type, ndim, shape);
-        if (!*result || take_buffer(v, *result) < 0) return -1;
-        v->array.type = type;
-        return fill_from_buffer(v, c, name);
-    }
+int qz_take_result(view *v, PyObject **result, const call *c, PyObject *out, const wanted *want) {
+    if (qz_checked_count(c, want->name, want->shape, want->ndim) < 0) return -1;
+    if (out == Py_None) return take_new_array(v, result, c, want);
     call raw = *c; /* a bfloat16 result may be given as uint16 */
-    raw.raw_bfloat16 = type == QZ_BF16;
-    int taken = take_memory(v, &raw, name, out, 1, result_kind(type));
-    if (taken == 0) return raise_dtype(c, name, out, result_kind(type));
-    if (taken < 0 || check_result(v, c, name, out, type, ndim, shape) < 0) return -1;
+    raw.raw_bfloat16 = want->type == QZ_BF16;
+    int taken = take_memory(v, &raw, want->name, out, 1, result_kind(want->type));
+    if (taken == 0) return raise_dtype(c, want->name, out, result_kind(want->type));
+    if (taken < 0 || check_result(v, c, out, want) < 0) return -1;
     Py_INCREF(out);
     *result = out;
     return 0;
 }
 
-PyObject *qz_finish_result(const call *c, PyObject *result, qz_type type, int as_ml_dtype, PyObject *out) {
-    if (type != QZ_BF16 || !as_ml_dtype || out != Py_None) return result;
-    if (find_ml_bfloat16(c->state) < 0 || !c->state->ml_bfloat16) {
-        Py_DECREF(result);
-        if (!PyErr_Occurred()) qz_raise(PyExc_ImportError, c->op, "a bfloat16 dtype needs ml_dtypes: import it first");
-        return NULL;
-    }
-    PyObject *as_ml = PyObject_CallMethod(result, "view", "O", c->state->ml_bfloat16);
-    Py_DECREF(result);
-    return as_ml;
-}
-
-/* The addresses [*low, *high) that an array's elements lie in. */
+/* The addresses [*low, *high) that an array's elements lie in; none if it has no elements. */
 static void address_range(const qz_array *a, uintptr_t *low, uintptr_t *high) {
+    int empty = 0;
     *low = (uintptr_t)a->data;
     *high = *low + (uintptr_t)qz_type_size(a->type);
     for (int i = 0; i < a->ndim; i++) { /* unsigned: strides of arrays without elements may be anything */
         *(a->strides[i] < 0 ? low : high) += ((uintptr_t)a->shape[i] - 1) * (uintptr_t)a->strides[i];
+        empty |= a->shape[i] == 0;
     }
-    for (int i = 0; i < a->ndim; i++) {
-        if (a->shape[i] == 0) *high = *low;
-    }
+    if (empty) *high = *low;
 }
 
-int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const char *in_name, const view *in) {
-    uintptr_t out_low, out_high, in_low, in_high;
+int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const named_view *others, int count) {
+    uintptr_t out_low, out_high, low, high;
     address_range(&out->array, &out_low, &out_high);
-    address_range(&in->array, &in_low, &in_high);
-    if (out_high <= in_low || in_high <= out_low || out_low == out_high || in_low == in_high) return 0;
-    return qz_raise(PyExc_ValueError, c->op, "%s shares memory with %s: give it memory of its own", out_name, in_name);
+    for (int i = 0; i < count; i++) {
+        address_range(&others[i].view->array, &low, &high);
+        if (out_high <= low || high <= out_low || out_low == out_high || low == high) continue;
+        return qz_raise(PyExc_ValueError, c->op, "%s shares memory with %s: give it memory of its own", out_name,
+                        others[i].name);
+    }
+    return 0;
 }

@@ -11,25 +11,32 @@
 /* ---- module state
  * ---------------------------------------------------------------------------------------------------- */
 
+typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE, OP_KINDS } op_kind;
+
+enum { QZ_MAX_PARAMETERS = 11 }; /* of an operation, the plan not counted */
+
+/* Owned references alone: module.c walks them as an array. */
 typedef struct module_state {
     PyTypeObject *plan_type;
-    PyObject *empty, *asarray;             /* numpy's */
-    PyObject *f32, *f16, *u16, *u32, *f64; /* numpy dtypes */
-    PyObject *ml_bfloat16;                 /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
+    PyObject *settings, *get_settings; /* the ContextVar of the context managers, and its method get */
+    PyObject *names[OP_KINDS][QZ_MAX_PARAMETERS], *defaults[OP_KINDS][QZ_MAX_PARAMETERS]; /* NULL after the last */
+    PyObject *ndarray, *empty, *asarray;                                                  /* numpy's */
+    PyObject *f32, *f16, *u16, *u32, *i32, *f64;                                          /* numpy dtypes */
+    PyObject *ml_bfloat16; /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
+    PyObject *dtype_name;  /* "dtype", interned */
 } module_state;
 
 extern struct PyModuleDef qz_module;
 
-/* ---- compiled kernels (plan.c)
+/* ---- compiled kernels (plan.c, kernel.c)
  * ----------------------------------------------------------------------------------------- */
-
-typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE } op_kind;
 
 typedef struct op_row {
     const char *name;
     op_kind kind;
     const char *mode; /* of formats.def */
     int transpose;    /* of a matmul */
+    int takes_output_features;
 } op_row;
 
 typedef struct plan_object {
@@ -38,7 +45,10 @@ typedef struct plan_object {
     int threads; /* 0: the global limit */
 } plan_object;
 
-extern PyType_Spec qz_plan_spec;
+extern PyType_Spec qz_plan_spec, qz_kernel_spec;
+
+/* Makes what binds the arguments of calls (kernel.c): state->names and state->defaults. 0 or -1. */
+int qz_prepare_calls(module_state *state);
 
 /* The first argument of a call as a plan of this kind; NULL with TypeError set if it is none. */
 const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind);
@@ -62,7 +72,8 @@ PyObject *qz_shape_text(const ptrdiff_t *shape, int ndim);
 /* ---- arrays (array.c, dlpack.c)
  * ------------------------------------------------------------------------------------------ */
 
-/* An array argument and what keeps its memory alive. Zero-initialise; release with qz_release. */
+/* An array argument and what keeps its memory alive. Open with qz_open_view, which leaves all but the flags as it is:
+ * to clear the kilobytes of a call's views would take longer than its checks. Release with qz_release. */
 typedef struct view {
     qz_array array;
     int is_ml_dtype; /* bfloat16 as an ml_dtypes array */
@@ -71,7 +82,24 @@ typedef struct view {
     PyObject *owner; /* a capsule of DLPack, or an array made on the way */
 } view;
 
+static inline void qz_open_view(view *v) {
+    v->is_ml_dtype = 0;
+    v->has_buffer = 0;
+    v->owner = NULL;
+}
+
 void qz_release(view *v);
+
+/* Copies the axes that there are. */
+static inline void qz_copy_array(qz_array *to, const qz_array *from) {
+    to->data = from->data;
+    to->type = from->type;
+    to->ndim = from->ndim;
+    for (int i = 0; i < from->ndim; i++) {
+        to->shape[i] = from->shape[i];
+        to->strides[i] = from->strides[i];
+    }
+}
 
 typedef struct call {
     module_state *state;
@@ -87,15 +115,25 @@ int qz_take_floats(view *v, const call *c, const char *name, PyObject *object);
 /* Packed codes: uint32, or int32 with the same bits. */
 int qz_take_codes(view *v, const call *c, const char *name, PyObject *object);
 
+/* What an array result is, or must be if it is given. */
+typedef struct wanted {
+    const char *name;
+    qz_type type;
+    int as_ml_dtype; /* whether a new array of bfloat16 is one of ml_dtypes; else it is of uint16 */
+    int ndim;
+    const ptrdiff_t *shape;
+} wanted;
+
 /* Writable memory for a result: `out` if it is not None, checked, else a new array. *result is a new reference. */
-int qz_take_result(view *v, PyObject **result, const call *c, const char *name, PyObject *out, qz_type type, int ndim,
-                   const ptrdiff_t *shape);
+int qz_take_result(view *v, PyObject **result, const call *c, PyObject *out, const wanted *want);
 
-/* A bfloat16 result as the caller gets it: an ml_dtypes array if `as_ml_dtype`, else uint16. Steals the reference. */
-PyObject *qz_finish_result(const call *c, PyObject *result, qz_type type, int as_ml_dtype, PyObject *out);
+typedef struct named_view {
+    const char *name;
+    const view *view;
+} named_view;
 
-/* ValueError if memory of the two views may overlap. */
-int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const char *in_name, const view *in);
+/* ValueError if memory of `out` may overlap that of one of the others. */
+int qz_refuse_overlap(const call *c, const char *out_name, const view *out, const named_view *others, int count);
 
 /* Takes `object` through DLPack. 1: done; 0: it has no __dlpack__; -1: an exception is set. */
 int qz_take_dlpack(view *v, const call *c, const char *name, PyObject *object, int writable);

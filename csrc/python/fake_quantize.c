@@ -23,9 +23,14 @@ static int is_same_array(const qz_array *a, const qz_array *b) {
 
 static int quantize(const plan_object *plan, const call *c, view *x, view *y, PyObject **result, PyObject *out,
                     int bits) {
-    if (qz_take_result(y, result, c, "out", out, QZ_F32, x->array.ndim, x->array.shape) < 0) return -1;
-    if (!is_same_array(&x->array, &y->array) && qz_refuse_overlap(c, "out", y, "x", x) < 0) return -1;
-    qz_fake_quantize_args args = {x->array, y->array, bits};
+    const wanted want = {"out", QZ_F32, 0, x->array.ndim, x->array.shape};
+    const named_view input = {"x", x};
+    if (qz_take_result(y, result, c, out, &want) < 0) return -1;
+    if (!is_same_array(&x->array, &y->array) && qz_refuse_overlap(c, "out", y, &input, 1) < 0) return -1;
+    qz_fake_quantize_args args; /* as far as its arrays have axes */
+    qz_copy_array(&args.x, &x->array);
+    qz_copy_array(&args.y, &y->array);
+    args.bits = bits;
     as_row(&args.x);
     as_row(&args.y);
     ptrdiff_t count = qz_checked_count(c, "x", args.x.shape, args.x.ndim);
@@ -35,7 +40,7 @@ static int quantize(const plan_object *plan, const call *c, view *x, view *y, Py
 
 /* fake_quantize(plan, x, bits, out, input_dtype) */
 PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    view x = {0}, y = {0};
+    view x, y;
     PyObject *result = NULL;
     ptrdiff_t bits = 0;
     int given, status = -1;
@@ -52,6 +57,8 @@ PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_
         qz_raise(PyExc_ValueError, c.op, "bits must be between 1 and 16, got %zd", bits);
         return NULL;
     }
+    qz_open_view(&x);
+    qz_open_view(&y);
     if (qz_take_floats(&x, &c, "x", args[1]) == 0) status = quantize(plan, &c, &x, &y, &result, args[3], (int)bits);
     qz_release(&x);
     qz_release(&y);

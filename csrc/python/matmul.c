@@ -37,22 +37,17 @@ static int raise_dimensions(const call *c, const view *x, const view *w) {
     return -1;
 }
 
-/* Gives `array` the batch dimensions `batch` before its last `own` ones, with stride 0 where it is repeated. 0 if they
- * do not broadcast. */
-static int broadcast(qz_array *array, int own, int batch_dims, const ptrdiff_t *batch) {
-    int missing = batch_dims + own - array->ndim;
-    qz_array to = {array->data, array->type, batch_dims + own, {0}, {0}};
-    for (int i = 0; i < to.ndim; i++) {
-        int from = i - missing;
-        to.shape[i] = from >= 0 ? array->shape[from] : 1;
-        to.strides[i] = from >= 0 ? array->strides[from] : 0;
-        if (i >= batch_dims || to.shape[i] == batch[i]) continue;
-        if (to.shape[i] != 1) return 0;
-        to.shape[i] = batch[i];
-        to.strides[i] = 0;
+/* `from` with the batch dimensions `batch`, which fit it, before its last two: stride 0 where it is repeated. */
+static void broadcast(qz_array *to, const qz_array *from, int dims, const ptrdiff_t *batch) {
+    const int missing = dims + 2 - from->ndim;
+    to->data = from->data;
+    to->type = from->type;
+    to->ndim = dims + 2;
+    for (int i = 0; i < to->ndim; i++) {
+        const int own = i - missing;
+        to->shape[i] = i < dims ? batch[i] : from->shape[own];
+        to->strides[i] = own >= 0 && from->shape[own] == to->shape[i] ? from->strides[own] : 0;
     }
-    *array = to;
-    return 1;
 }
 
 /* The batch dimensions of x and w together, as NumPy broadcasts them. -1 with ValueError set. */
@@ -108,22 +103,20 @@ static int take_digits(const call *c, const arguments *a, const qz_array *x) {
 }
 
 /* The result's shape: the batch, then [M, N], without M if x is a vector. */
-static int take_result(views *v, const call *c, PyObject *out, qz_type type, int dims, const ptrdiff_t *batch,
-                       int is_vector, ptrdiff_t m, ptrdiff_t n) {
+static int take_result(views *v, const call *c, PyObject *out, int dims, const ptrdiff_t *batch, int is_vector,
+                       ptrdiff_t outputs) {
+    const qz_array *x = &v->x.array;
+    const named_view inputs[] = {{"x", &v->x}, {"w", &v->w}, {"scales", &v->scales}, {"biases", &v->biases}};
     ptrdiff_t shape[QZ_MAX_DIMS];
     int ndim = dims;
     memcpy(shape, batch, (size_t)dims * sizeof *shape);
-    if (!is_vector) shape[ndim++] = m;
-    shape[ndim++] = n;
-    if (qz_take_result(&v->y, &v->result, c, "out", out, type, ndim, shape) < 0) return -1;
-    const struct {
-        const char *name;
-        const view *view;
-    } inputs[] = {{"x", &v->x}, {"w", &v->w}, {"scales", &v->scales}, {"biases", &v->biases}};
-    for (int i = 0; i < 4; i++) {
-        if (qz_refuse_overlap(c, "out", &v->y, inputs[i].name, inputs[i].view) < 0) return -1;
-    }
-    return 0;
+    if (!is_vector) shape[ndim++] = x->shape[x->ndim - 2];
+    shape[ndim++] = outputs;
+    qz_type type = qz_promote(qz_promote(x->type, v->scales.array.type), v->biases.array.type);
+    int as_ml = v->x.is_ml_dtype || v->scales.is_ml_dtype || v->biases.is_ml_dtype;
+    const wanted want = {"out", type, as_ml, ndim, shape};
+    if (qz_take_result(&v->y, &v->result, c, out, &want) < 0) return -1;
+    return qz_refuse_overlap(c, "out", &v->y, inputs, 4);
 }
 
 /* y with its M axis, also where it was left out. */
@@ -137,51 +130,47 @@ static void insert_row_axis(qz_array *y) {
 }
 
 static PyObject *multiply(const plan_object *plan, const call *c, const arguments *a, views *v) {
-    qz_matmul_args job = {.transpose = plan->op->transpose};
+    qz_matmul_args job; /* set below, as far as its arrays have axes */
     packing p = {0};
     ptrdiff_t batch[QZ_MAX_DIMS], outputs = 0;
     if (qz_take_packing(&p, c, a->group_size, a->bits) < 0 || qz_take_floats(&v->x, c, "x", a->x) < 0) return NULL;
     if (qz_take_stored(c, a->stored, &v->w, &v->scales, &v->biases) < 0) return NULL;
-    if (v->x.array.ndim < 1 || v->w.array.ndim < 2) return raise_dimensions(c, &v->x, &v->w), NULL;
-    job.x = v->x.array, job.w = v->w.array, job.scales = v->scales.array, job.biases = v->biases.array;
-    const int is_vector = job.x.ndim == 1;
-    make_matrix(&job.x);
-    job.digits = take_digits(c, a, &job.x);
+    qz_array *x = &v->x.array, *y = &v->y.array;
+    if (x->ndim < 1 || v->w.array.ndim < 2) return raise_dimensions(c, &v->x, &v->w), NULL;
+    const int is_vector = x->ndim == 1;
+    make_matrix(x);
+    job.transpose = plan->op->transpose;
+    job.digits = take_digits(c, a, x);
     if (job.digits < 0) return NULL;
     job.format = check_sizes(c, a, plan, v, &p, &job.group_slot, &outputs);
-    int dims = job.format < 0 ? -1 : join_batches(c, &job.x, &job.w, batch);
-    if (dims < 0) return NULL;
-    ptrdiff_t m = job.x.shape[job.x.ndim - 2], k = job.x.shape[job.x.ndim - 1];
-    qz_type type = qz_promote(qz_promote(job.x.type, job.scales.type), job.biases.type);
-    if (take_result(v, c, a->out, type, dims, batch, is_vector, m, outputs) < 0) return NULL;
-    job.y = v->y.array;
-    if (is_vector) insert_row_axis(&job.y);
-    broadcast(&job.x, 2, dims, batch);
-    broadcast(&job.w, 2, dims, batch);
-    broadcast(&job.scales, 2, dims, batch);
-    broadcast(&job.biases, 2, dims, batch);
-    double work = (double)qz_checked_count(c, "out", v->y.array.shape, v->y.array.ndim) * (double)k * 0.1;
+    int dims = job.format < 0 ? -1 : join_batches(c, x, &v->w.array, batch);
+    if (dims < 0 || take_result(v, c, a->out, dims, batch, is_vector, outputs) < 0) return NULL;
+    double work = (double)qz_checked_count(c, "out", y->shape, y->ndim) * (double)x->shape[x->ndim - 1] * 0.1;
+    if (is_vector) insert_row_axis(y);
+    broadcast(&job.x, x, dims, batch);
+    broadcast(&job.w, &v->w.array, dims, batch);
+    broadcast(&job.scales, &v->scales.array, dims, batch);
+    broadcast(&job.biases, &v->biases.array, dims, batch);
+    qz_copy_array(&job.y, y);
     if (qz_run_operation(plan, operation, &job, work) < 0) return NULL;
-    int as_ml = v->x.is_ml_dtype || v->scales.is_ml_dtype || v->biases.is_ml_dtype;
     PyObject *result = v->result;
     v->result = NULL;
-    return qz_finish_result(c, result, type, as_ml, a->out);
+    return result;
 }
 
 /* matmul(plan, x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, input_dtype) */
 PyObject *qz_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    views v = {0};
+    views v;
+    view *const all[] = {&v.x, &v.w, &v.scales, &v.biases, &v.y};
     call c;
     if (qz_check_count("matmul", count, 12) < 0) return NULL;
     const plan_object *plan = qz_take_plan(module, args[0], OP_MATMUL);
     if (!plan || qz_open_call(&c, module, plan, args[11]) < 0) return NULL;
     arguments a = {args[1], args + 2, args[5], args[6], args[7], args[8], args[9], args[10]};
+    v.result = NULL;
+    for (int i = 0; i < 5; i++) qz_open_view(all[i]);
     PyObject *result = multiply(plan, &c, &a, &v);
-    qz_release(&v.x);
-    qz_release(&v.w);
-    qz_release(&v.scales);
-    qz_release(&v.biases);
-    qz_release(&v.y);
+    for (int i = 0; i < 5; i++) qz_release(all[i]);
     Py_XDECREF(v.result);
     return result;
 }

@@ -1,6 +1,4 @@
 /* The module quantization._C: its functions and its state. */
-#include <string.h>
-
 #include "../cpu/scratch.h"
 #include "../cpu/threads.h"
 #include "binding.h"
@@ -91,13 +89,12 @@ static int take_numpy(module_state *state) {
     const struct {
         PyObject **to;
         const char *name;
-    } wanted[] = {{&state->f32, "float32"},
-                  {&state->f16, "float16"},
-                  {&state->u16, "uint16"},
-                  {&state->u32, "uint32"},
-                  {&state->f64, "float64"}};
+    } wanted[] = {{&state->f32, "float32"}, {&state->f16, "float16"}, {&state->u16, "uint16"},
+                  {&state->u32, "uint32"},  {&state->i32, "int32"},   {&state->f64, "float64"}};
     PyObject *numpy = PyImport_ImportModule("numpy");
     if (!numpy) return -1;
+    state->dtype_name = PyUnicode_InternFromString("dtype");
+    state->ndarray = PyObject_GetAttrString(numpy, "ndarray");
     state->empty = PyObject_GetAttrString(numpy, "empty");
     state->asarray = PyObject_GetAttrString(numpy, "asarray");
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
@@ -107,40 +104,45 @@ static int take_numpy(module_state *state) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* The variable that holds what the context managers ask for: made here, since every call reads it here. */
+static int make_settings(PyObject *module, module_state *state) {
+    PyObject *contextvars = PyImport_ImportModule("contextvars");
+    PyObject *type = contextvars ? PyObject_GetAttrString(contextvars, "ContextVar") : NULL;
+    PyObject *args = Py_BuildValue("(s)", "quantization_settings"),
+             *default_none = Py_BuildValue("{sO}", "default", Py_None);
+    if (type && args && default_none) state->settings = PyObject_Call(type, args, default_none);
+    if (state->settings) state->get_settings = PyObject_GetAttrString(state->settings, "get");
+    Py_XDECREF(contextvars);
+    Py_XDECREF(type);
+    Py_XDECREF(args);
+    Py_XDECREF(default_none);
+    return state->get_settings ? PyModule_AddObjectRef(module, "_settings", state->settings) : -1;
+}
+
 static int execute(PyObject *module) {
     module_state *state = PyModule_GetState(module);
     state->plan_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &qz_plan_spec, NULL);
     if (!state->plan_type || PyModule_AddType(module, state->plan_type) < 0) return -1;
+    PyObject *kernel = PyType_FromModuleAndSpec(module, &qz_kernel_spec, NULL);
+    int status = kernel ? PyModule_AddType(module, (PyTypeObject *)kernel) : -1;
+    Py_XDECREF(kernel);
+    if (status < 0 || make_settings(module, state) < 0 || qz_prepare_calls(state) < 0) return -1;
     return take_numpy(state);
 }
 
-/* Everything that the state owns. */
-enum { OWNED = 9 };
-
-static void owned_objects(module_state *state, PyObject **owned[OWNED]) {
-    PyObject **const all[OWNED] = {(PyObject **)&state->plan_type,
-                                   &state->empty,
-                                   &state->asarray,
-                                   &state->f32,
-                                   &state->f16,
-                                   &state->u16,
-                                   &state->u32,
-                                   &state->f64,
-                                   &state->ml_bfloat16};
-    memcpy(owned, all, sizeof all);
-}
+/* The state is made of owned references alone. */
+enum { OWNED = sizeof(module_state) / sizeof(PyObject *) };
+_Static_assert(sizeof(module_state) == OWNED * sizeof(PyObject *), "the state is an array of references");
 
 static int traverse(PyObject *module, visitproc visit, void *arg) {
-    PyObject **owned[OWNED];
-    owned_objects(PyModule_GetState(module), owned);
-    for (int i = 0; i < OWNED; i++) Py_VISIT(*owned[i]);
+    PyObject **owned = PyModule_GetState(module);
+    for (int i = 0; i < OWNED; i++) Py_VISIT(owned[i]);
     return 0;
 }
 
 static int clear(PyObject *module) {
-    PyObject **owned[OWNED];
-    owned_objects(PyModule_GetState(module), owned);
-    for (int i = 0; i < OWNED; i++) Py_CLEAR(*owned[i]);
+    PyObject **owned = PyModule_GetState(module);
+    for (int i = 0; i < OWNED; i++) Py_CLEAR(owned[i]);
     return 0;
 }
 

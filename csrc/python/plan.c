@@ -5,10 +5,10 @@
 #include "binding.h"
 
 static const op_row ops[] = {
-    {"affine_quantize", OP_QUANTIZE, "affine", 0}, {"affine_dequantize", OP_DEQUANTIZE, "affine", 0},
-    {"affine_qmm_t", OP_MATMUL, "affine", 1},      {"affine_qmm_n", OP_MATMUL, "affine", 0},
-    {"affine_qmv", OP_MATMUL, "affine", 1},        {"affine_qvm", OP_MATMUL, "affine", 0},
-    {"quantize", OP_FAKE_QUANTIZE, NULL, 0},
+    {"affine_quantize", OP_QUANTIZE, "affine", 0, 0}, {"affine_dequantize", OP_DEQUANTIZE, "affine", 0, 0},
+    {"affine_qmm_t", OP_MATMUL, "affine", 1, 0},      {"affine_qmm_n", OP_MATMUL, "affine", 0, 1},
+    {"affine_qmv", OP_MATMUL, "affine", 1, 1},        {"affine_qvm", OP_MATMUL, "affine", 0, 1},
+    {"quantize", OP_FAKE_QUANTIZE, NULL, 0, 0},
 };
 
 static const qz_device *const devices[] = {&qz_cpu_device, &qz_metal_device};

@@ -63,36 +63,29 @@ static int check_outputs(const call *c, PyObject *out) {
 
 /* The three outputs, from `out`, a tuple with None where a new array is wanted. */
 static int take_outputs(quantize_views *v, const call *c, PyObject *out, const qz_format *format, ptrdiff_t group_size,
-                        qz_type scale_type) {
+                        qz_type scale_type, int as_ml) {
     const int last = v->w.array.ndim - 1;
+    const named_view others[] = {{"w", &v->w}, {result_names[0], &v->result[0]}, {result_names[1], &v->result[1]}};
     ptrdiff_t words[QZ_MAX_DIMS], groups[QZ_MAX_DIMS];
-    memcpy(words, v->w.array.shape, sizeof words);
-    memcpy(groups, v->w.array.shape, sizeof groups);
+    for (int i = 0; i <= last; i++) words[i] = groups[i] = v->w.array.shape[i];
     groups[last] = words[last] / group_size;
     words[last] = words[last] / 32 * format->bits + words[last] % 32 * format->bits / 32;
     if (check_outputs(c, out) < 0) return -1;
     for (int i = 0; i < 3; i++) {
         PyObject *given = out == Py_None ? Py_None : PyTuple_GetItem(out, i);
-        qz_type type = i == 0 ? QZ_U32 : scale_type;
-        const ptrdiff_t *shape = i == 0 ? words : groups;
-        if (qz_take_result(&v->result[i], &v->results[i], c, result_names[i], given, type, last + 1, shape) < 0)
-            return -1;
-        if (qz_refuse_overlap(c, result_names[i], &v->result[i], "w", &v->w) < 0) return -1;
-        for (int j = 0; j < i; j++) {
-            if (qz_refuse_overlap(c, result_names[i], &v->result[i], result_names[j], &v->result[j]) < 0) return -1;
-        }
+        const wanted want = {result_names[i], i ? scale_type : QZ_U32, as_ml, last + 1, i ? groups : words};
+        if (qz_take_result(&v->result[i], &v->results[i], c, given, &want) < 0) return -1;
+        if (qz_refuse_overlap(c, result_names[i], &v->result[i], others, i + 1) < 0) return -1;
     }
     return 0;
 }
 
-static PyObject *pack_results(quantize_views *v, const call *c, PyObject *out, qz_type scale_type, int as_ml) {
+static PyObject *pack_results(quantize_views *v) {
     PyObject *tuple = PyTuple_New(3);
     for (int i = 0; tuple && i < 3; i++) {
-        PyObject *given = out == Py_None ? Py_None : PyTuple_GetItem(out, i);
         PyObject *item = v->results[i];
         v->results[i] = NULL;
-        if (i > 0) item = qz_finish_result(c, item, scale_type, as_ml, given);
-        if (!item || PyTuple_SetItem(tuple, i, item) < 0) Py_CLEAR(tuple);
+        if (PyTuple_SetItem(tuple, i, item) < 0) Py_CLEAR(tuple);
     }
     return tuple;
 }
@@ -113,7 +106,7 @@ static int take_quantize_options(quantize_options *o, const call *c, PyObject *c
 
 static PyObject *quantize(const plan_object *plan, const call *c, PyObject *const *args, quantize_views *v) {
     quantize_options o;
-    qz_quantize_args job = {0};
+    qz_quantize_args job; /* set below, as far as its arrays have axes */
     qz_type scale_type;
     int as_ml = 0;
     if (take_quantize_options(&o, c, args) < 0) return NULL;
@@ -125,23 +118,28 @@ static PyObject *quantize(const plan_object *plan, const call *c, PyObject *cons
     const qz_format *format = &qz_formats[job.format];
     if (check_last_axis(c, &v->w.array, format, o.group_size) < 0) return NULL;
     ptrdiff_t count = qz_checked_count(c, "w", v->w.array.shape, v->w.array.ndim);
-    if (count < 0 || take_outputs(v, c, args[6], format, o.group_size, scale_type) < 0) return NULL;
-    job.w = v->w.array;
-    job.codes = v->result[0].array;
-    job.scales = v->result[1].array;
-    job.biases = v->result[2].array;
+    if (count < 0 || take_outputs(v, c, args[6], format, o.group_size, scale_type, as_ml) < 0) return NULL;
+    qz_copy_array(&job.w, &v->w.array);
+    qz_copy_array(&job.codes, &v->result[0].array);
+    qz_copy_array(&job.scales, &v->result[1].array);
+    qz_copy_array(&job.biases, &v->result[2].array);
     job.profile = (qz_profile)o.profile;
     if (qz_run_operation(plan, quantize_operation, &job, (double)count) < 0) return NULL;
-    return pack_results(v, c, args[6], scale_type, as_ml);
+    return pack_results(v);
 }
 
 /* quantize(plan, w, group_size, bits, profile, scale_dtype, out, input_dtype) */
 PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    quantize_views v = {0};
+    quantize_views v;
     call c;
     if (qz_check_count("quantize", count, 8) < 0) return NULL;
     const plan_object *plan = qz_take_plan(module, args[0], OP_QUANTIZE);
     if (!plan || qz_open_call(&c, module, plan, args[7]) < 0) return NULL;
+    qz_open_view(&v.w);
+    for (int i = 0; i < 3; i++) {
+        qz_open_view(&v.result[i]);
+        v.results[i] = NULL;
+    }
     PyObject *tuple = quantize(plan, &c, args, &v);
     qz_release(&v.w);
     for (int i = 0; i < 3; i++) {
@@ -254,7 +252,7 @@ int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t word
 
 static PyObject *dequantize(const plan_object *plan, const call *c, PyObject *const *args, dequantize_views *v) {
     packing p = {0};
-    qz_dequantize_args job = {0};
+    qz_dequantize_args job; /* set below, as far as its arrays have axes */
     qz_type type;
     int profile = qz_take_word(c, "profile", args[7], profiles, QZ_PROFILES);
     if (profile < 0 || qz_take_packing(&p, c, args[4], args[5]) < 0) return NULL;
@@ -264,39 +262,39 @@ static PyObject *dequantize(const plan_object *plan, const call *c, PyObject *co
     job.format = qz_infer_packing(&p, c, plan->op->mode, words, groups, -1, &job.group_slot);
     if (job.format < 0) return NULL;
     ptrdiff_t shape[QZ_MAX_DIMS];
-    memcpy(shape, v->codes.array.shape, sizeof shape);
+    memcpy(shape, v->codes.array.shape, (size_t)last * sizeof *shape);
     shape[last] = groups * p.group_size;
     int as_ml = v->scales.is_ml_dtype || v->biases.is_ml_dtype;
     job.product_type = qz_promote(v->scales.array.type, v->biases.array.type);
     if (qz_take_float_type(c, "dtype", args[6], job.product_type, &type, &as_ml) < 0) return NULL;
     ptrdiff_t count = qz_checked_count(c, "out", shape, last + 1);
-    if (count < 0 || qz_take_result(&v->w, &v->result, c, "out", args[8], type, last + 1, shape) < 0) return NULL;
-    if (qz_refuse_overlap(c, "out", &v->w, "w", &v->codes) < 0) return NULL;
-    if (qz_refuse_overlap(c, "out", &v->w, "scales", &v->scales) < 0) return NULL;
-    if (qz_refuse_overlap(c, "out", &v->w, "biases", &v->biases) < 0) return NULL;
-    job.codes = v->codes.array;
-    job.scales = v->scales.array;
-    job.biases = v->biases.array;
-    job.w = v->w.array;
+    const wanted want = {"out", type, as_ml, last + 1, shape};
+    const named_view inputs[] = {{"w", &v->codes}, {"scales", &v->scales}, {"biases", &v->biases}};
+    if (count < 0 || qz_take_result(&v->w, &v->result, c, args[8], &want) < 0) return NULL;
+    if (qz_refuse_overlap(c, "out", &v->w, inputs, 3) < 0) return NULL;
+    qz_copy_array(&job.codes, &v->codes.array);
+    qz_copy_array(&job.scales, &v->scales.array);
+    qz_copy_array(&job.biases, &v->biases.array);
+    qz_copy_array(&job.w, &v->w.array);
     job.profile = (qz_profile)profile;
     if (qz_run_operation(plan, dequantize_operation, &job, (double)count * 0.5) < 0) return NULL;
     PyObject *result = v->result;
     v->result = NULL;
-    return qz_finish_result(c, result, type, as_ml, args[8]);
+    return result;
 }
 
 /* dequantize(plan, w, scales, biases, group_size, bits, dtype, profile, out, input_dtype) */
 PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    dequantize_views v = {0};
+    dequantize_views v;
+    view *const all[] = {&v.codes, &v.scales, &v.biases, &v.w};
     call c;
     if (qz_check_count("dequantize", count, 10) < 0) return NULL;
     const plan_object *plan = qz_take_plan(module, args[0], OP_DEQUANTIZE);
     if (!plan || qz_open_call(&c, module, plan, args[9]) < 0) return NULL;
+    v.result = NULL;
+    for (int i = 0; i < 4; i++) qz_open_view(all[i]);
     PyObject *result = dequantize(plan, &c, args, &v);
-    qz_release(&v.codes);
-    qz_release(&v.scales);
-    qz_release(&v.biases);
-    qz_release(&v.w);
+    for (int i = 0; i < 4; i++) qz_release(all[i]);
     Py_XDECREF(v.result);
     return result;
 }

@@ -1,4 +1,9 @@
+from contextvars import ContextVar
 from typing import Any, final
+
+from typing_extensions import disjoint_base
+
+_settings: ContextVar[Any]
 
 @final
 class Plan:
@@ -13,6 +18,14 @@ class Plan:
     def variant(self) -> str: ...
     @property
     def threads(self) -> int: ...
+
+@disjoint_base
+class Kernel:
+    _kernel: Plan | None
+    group_size: Any
+    bits: Any
+    def _plan(self) -> Plan: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 def quantize(
     plan: Plan,

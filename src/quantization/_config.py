@@ -27,7 +27,7 @@ class Settings(NamedTuple):
     threads: int = 0
 
 
-_current: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("quantization_settings", default=None)
+_current: contextvars.ContextVar[Settings | None] = _C._settings
 
 
 def current_settings() -> Settings | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import _C
-from ._kernel import Kernel
+from ._kernel import Kernel, called_by_core
 
 __all__ = ["VariableQuantizationKernel", "VariableQuantizationMLXKernel", "quantize", "variable_quantization"]
 
 
+@called_by_core
 class VariableQuantizationKernel(Kernel):
     """Fake quantization as a kernel that is compiled once; `quantize` says what it computes.
 
@@ -99,4 +100,4 @@ def quantize(x: Any, bits: int = 4, *, out: Any = None, input_dtype: str | None 
         ...
     ValueError: quantize: bits must be between 1 and 16, got 17
     """
-    return variable_quantization(x, bits, out=out, input_dtype=input_dtype)
+    return _C.fake_quantize(variable_quantization._plan(), x, bits, out, input_dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _C
-from ._kernel import Kernel
+from ._kernel import Kernel, called_by_core
 
 __all__ = [
     "AffineQmmN",
@@ -53,6 +53,7 @@ class _AffineMatmul(Kernel):
         )
 
 
+@called_by_core
 class AffineQmmT(_AffineMatmul):
     """`affine_qmm_t` as a kernel that is compiled once.
 
@@ -92,6 +93,7 @@ class AffineQmmT(_AffineMatmul):
         return self._multiply(x, w, scales, biases, None, group_size, bits, accumulate, activations, out, input_dtype)
 
 
+@called_by_core
 class _WithOutputFeatures(_AffineMatmul):
     def __call__(
         self,
@@ -202,8 +204,8 @@ def affine_qmm_t(
     >>> q.affine_qmm_t(np.arange(64, dtype=np.float32), codes, scales, biases)[1:4].round(3)
     array([1., 2., 3.], dtype=float32)
     """
-    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
-    return _qmm_t(x, w, scales, biases, group_size, bits, **options)
+    plan = _qmm_t._plan()
+    return _C.matmul(plan, x, w, scales, biases, None, group_size, bits, accumulate, activations, out, input_dtype)
 
 
 def affine_qmm_n(
@@ -253,8 +255,10 @@ def affine_qmm_n(
     >>> q.affine_qmm_n(np.arange(64, dtype=np.float32), codes, scales, biases, output_features=64)[:4]
     array([0., 1., 2., 3.], dtype=float32)
     """
-    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
-    return _qmm_n(x, w, scales, biases, output_features, group_size, bits, **options)
+    plan = _qmm_n._plan()
+    return _C.matmul(
+        plan, x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, input_dtype
+    )
 
 
 def affine_qmv(
@@ -298,8 +302,10 @@ def affine_qmv(
     >>> q.affine_qmv(np.arange(64, dtype=np.float32), codes, scales, biases)[1:4].round(3)
     array([1., 2., 3.], dtype=float32)
     """
-    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
-    return _qmv(x, w, scales, biases, output_features, group_size, bits, **options)
+    plan = _qmv._plan()
+    return _C.matmul(
+        plan, x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, input_dtype
+    )
 
 
 def affine_qvm(
@@ -340,5 +346,7 @@ def affine_qvm(
     >>> q.affine_qvm(np.arange(64, dtype=np.float32), codes, scales, biases, bits=8)[:4]
     array([0., 1., 2., 3.], dtype=float32)
     """
-    options = {"accumulate": accumulate, "activations": activations, "out": out, "input_dtype": input_dtype}
-    return _qvm(x, w, scales, biases, output_features, group_size, bits, **options)
+    plan = _qvm._plan()
+    return _C.matmul(
+        plan, x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, input_dtype
+    )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import _C
-from ._kernel import Kernel
+from ._kernel import Kernel, called_by_core
 
 __all__ = ["AffineDequantize", "AffineQuantize", "affine_dequantize", "affine_quantize"]
 
 
+@called_by_core
 class AffineQuantize(Kernel):
     """`affine_quantize` as a kernel that is compiled once.
 
@@ -50,6 +51,7 @@ class AffineQuantize(Kernel):
         return _C.quantize(self._plan(), w, group_size, bits, profile, scale_dtype, out, input_dtype)
 
 
+@called_by_core
 class AffineDequantize(Kernel):
     """`affine_dequantize` as a kernel that is compiled once.
 
