@@ -23,7 +23,7 @@ extern struct PyModuleDef qz_module;
 /* ---- compiled kernels (plan.c)
  * ----------------------------------------------------------------------------------------- */
 
-typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE } op_kind;
+typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE, OP_ANY } op_kind;
 
 typedef struct op_row {
     const char *name;
@@ -40,7 +40,7 @@ typedef struct plan_object {
 
 extern PyType_Spec qz_plan_spec;
 
-/* The first argument of a call as a plan of this kind; NULL with TypeError set if it is none. */
+/* The first argument of a call as a plan of this kind (OP_ANY: of whichever); NULL with TypeError set if it is none. */
 const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind);
 
 /* Lists for Python: what formats.def, isa.def and the devices say. */
@@ -152,6 +152,7 @@ PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t cou
 PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_probe(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* TypeError unless a function got just so many arguments. */
 int qz_check_count(const char *function, Py_ssize_t got, Py_ssize_t expected);
