@@ -27,8 +27,8 @@ def aligned(size: int) -> np.ndarray:
 class Ceiling:
     """One way to be limited: `run(n)` does n portions of the work and returns how much of it was done.
 
-    ``name`` is "read", "copy" (memcpy), "stream" (non-temporal copy), "fma" or "dot"; the unit is GB/s, or GFLOP/s with
-    multiplications and additions counted. Copies count what they read and what they write.
+    ``name`` is "read", "copy" (memcpy), "stream" (non-temporal copy), "fma" or "dot"; the unit is GB/s, where copies
+    count what they read and what they write, or GFLOP/s or Gop/s, which count multiplications and additions.
     """
 
     name: str
@@ -42,8 +42,8 @@ def _plan(isa: str, threads: int) -> _C.Plan:
 
 def arithmetic(name: str, isa: str, threads: int) -> Ceiling:
     """Return the peak of fused multiply-adds ("fma") or of integer dots ("dot") of an instruction set."""
-    plan = _plan(isa, threads)
-    return Ceiling(name, lambda portions: _C.probe(plan, name, None, None, portions * threads), "GFLOP/s")
+    plan, unit = _plan(isa, threads), "GFLOP/s" if name == "fma" else "Gop/s"
+    return Ceiling(name, lambda portions: _C.probe(plan, name, None, None, portions * threads), unit)
 
 
 def reading(spans: Callable[[int], list[np.ndarray]], isa: str, threads: int) -> Ceiling:

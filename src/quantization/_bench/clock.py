@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,22 +64,18 @@ def timed(call: Callable[[], object]) -> Sample:
 
 
 def working_threads(call: Callable[[], object]) -> list[int]:
-    """Return the ids of the threads, the calling one first, that work during a call (Linux; elsewhere empty)."""
-    call()
+    """Return the ids of the threads, the calling one first, that work during a call (Linux; elsewhere empty).
+
+    The call must have been made before: the first one starts threads.
+    """
     before = _thread_times()
     start = time.perf_counter()
     call()
     wall_ns = (time.perf_counter() - start) * 1e9
     after = _thread_times()
     works = {thread for thread in after if after[thread][0] - before.get(thread, (0, 0))[0] > WORKING * wall_ns}
-    own = _own_id()
+    own = threading.get_native_id()
     return [own, *sorted(works - {own})] if after else []
-
-
-def _own_id() -> int:
-    import threading
-
-    return threading.get_native_id()
 
 
 @contextlib.contextmanager
@@ -109,7 +106,7 @@ def pinned(*calls: Callable[[], object]) -> Iterator[None]:
 
 def wait_for_spinners(limit: float = 0.3) -> None:
     """Wait until no other thread of this process is running: pools spin for a while after their last task."""
-    own, end = _own_id(), time.perf_counter() + limit
+    own, end = threading.get_native_id(), time.perf_counter() + limit
     while time.perf_counter() < end:
         running = False
         for task in _TASKS.glob("*/stat"):

@@ -41,7 +41,7 @@ def measured(case: Elementwise, isa: str, threads: int, effort: Effort) -> Row:
             result = measure(case.work, ceiling, effort)
         except TooSlowError as error:
             return row.with_note(str(error))
-    return row.with_measurement(result, ceiling.name, ceiling.unit)
+    return row.with_measurement(result)
 
 
 def _cases(full: bool) -> Iterator[Callable[[], Elementwise]]:
@@ -62,13 +62,14 @@ def _peer_rows(isa: str, effort: Effort) -> Iterator[Row]:
             yield row.with_note(why)
             continue
         quantize, dequantize, nbytes = codec.prepare(w)
-        for what, call in (("quantize float32", quantize), ("dequantize to float32", dequantize)):
+        size = f"{w.size:,} floats"
+        for what, call in ((f"quantize {size}", quantize), (f"dequantize {size}", dequantize)):
             moved = w.nbytes + nbytes
             row = Row("elementwise", codec.name, what, "", "", 1)
             buffer = ceilings.aligned(4 * machine.last_level_cache() // ceilings.BLOCK * ceilings.BLOCK)
             ceiling = ceilings.reading(lambda count, buffer=buffer: [buffer] * count, isa, 1)  # type: ignore[misc]
             result = measure(Work(repeat(call), moved), ceiling, effort)
-            yield row.with_measurement(result, ceiling.name, ceiling.unit)
+            yield row.with_measurement(result)
 
 
 def rows(options: Any, effort: Effort) -> Iterator[Row]:
@@ -87,7 +88,7 @@ def tiny_rows(options: Any, effort: Effort) -> Iterator[Row]:
     """Yield what a call costs when there is hardly anything to compute."""
     for dtype in ("float32", "bfloat16"):
         row = Row("calls", "quantization", f"affine_qmv 64 x 64 {dtype}, out=", "", options.isa, 1)
-        yield row.with_measurement(tiny(dtype, effort), "", "")
+        yield row.with_measurement(tiny(dtype, effort))
 
 
 def tiny(dtype: str, effort: Effort) -> Measurement:

@@ -10,6 +10,7 @@ from . import elementwise, machine, ours, peers, scratch
 from .gates import Gate, Product, verdict
 from .matmuls import READ_BOUND, cached_weights, figure_of
 from .ours import settings
+from .rows import text_of_time
 from .sampling import Effort, Measurement, TooSlowError, Work, against, measure
 from .weights import Weights
 
@@ -87,6 +88,8 @@ def _by_peer(gate: Gate, isa: str, effort: Effort, name: str) -> Measurement:
     product = _product(gate)
     weights = _weights(product, product.m <= READ_BOUND)
     other = peer.prepare(weights, gate.threads)(product.m)
+    if product.m <= READ_BOUND:
+        other(weights.copies)
     patient = dataclasses.replace(effort, samples=3, longest_call=_SLOW) if name == "MLX" else effort
     with settings(isa, gate.threads):
         return measure(Work(_call(product, weights), 1.0), against(name, other), patient, settle=True)
@@ -151,10 +154,24 @@ FIGURES: dict[str, Callable[[Gate, str, Effort], Measurement]] = {
 }
 
 
+def _absolute(result: Measurement) -> str:
+    """Say what a ratio was made of: both rates, or both times."""
+    if result.unit == "calls":
+        return f"{text_of_time(1e-9 / result.ceiling)} / {text_of_time(result.seconds)}"
+    return f"{result.rate:.1f} of {result.ceiling:.1f} {result.unit}" if result.unit else ""
+
+
 def take(gate: Gate, effort: Effort) -> dict[str, Any]:
     """Return a gate's line as plain values: its figure and verdict, or why there is none."""
     line: dict[str, Any] = {"gate": gate.name, "isa": gate.isa or machine.isas()[0], "threads": gate.threads}
-    line |= {"figure": None, "spread": None, "must": gate.must, "stretch": gate.stretch, "lower": gate.lower}
+    line |= {
+        "figure": None,
+        "spread": None,
+        "measured": "",
+        "must": gate.must,
+        "stretch": gate.stretch,
+        "lower": gate.lower,
+    }
     try:
         if line["isa"] not in machine.isas():
             raise NotMeasuredError("CPU lacks it")
@@ -166,7 +183,7 @@ def take(gate: Gate, effort: Effort) -> dict[str, Any]:
     said = verdict(gate, result.ratio)
     if result.share < 0.985 and said == "MISSED":
         said += " (disturbed)"
-    return line | {"figure": result.ratio, "spread": result.spread, "verdict": said}
+    return line | {"figure": result.ratio, "spread": result.spread, "measured": _absolute(result), "verdict": said}
 
 
 def take_all(gates: tuple[Gate, ...], effort: Effort) -> Iterator[dict[str, Any]]:

@@ -49,18 +49,17 @@ class Row:
     share: float = math.nan
     note: str = ""
 
-    def with_measurement(self, measurement: Measurement, ceiling_name: str, unit: str, error: float = math.nan) -> Row:
+    def with_measurement(self, measurement: Measurement, error: float = math.nan) -> Row:
         """Return the row with its figures."""
-        return dataclasses.replace(
-            self, unit=unit, ceiling_name=ceiling_name, error=error, **dataclasses.asdict(measurement)
-        )
+        return dataclasses.replace(self, error=error, **dataclasses.asdict(measurement))
 
     def with_note(self, note: str) -> Row:
         """Return the row with the reason why it has no figures."""
         return dataclasses.replace(self, note=note)
 
 
-def _time(seconds: float) -> str:
+def text_of_time(seconds: float) -> str:
+    """Return a time in s, ms or µs; nothing for NaN."""
     if math.isnan(seconds):
         return ""
     size, unit = next((entry for entry in _UNITS if seconds >= entry[0]), _UNITS[-1])
@@ -72,9 +71,10 @@ def _number(value: float, digits: str) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    figure = f"{row.rate:.1f} {row.unit}" if row.unit else ""
-    ratio = f"{row.ratio:.2f} ±{row.spread:.2f}" if row.unit else ""
-    against = f"{row.ceiling_name} {row.ceiling:.1f}" if row.unit else ""
+    rated = row.unit not in ("", "calls")
+    figure = f"{row.rate:.1f} {row.unit}" if rated else ""
+    ratio = f"{row.ratio:.2f} ±{row.spread:.2f}" if rated else ""
+    against = f"{row.ceiling_name} {row.ceiling:.1f}" if rated else ""
     disturbed = "disturbed" if row.samples and row.share < 0.985 else ""
     return [
         row.implementation,
@@ -84,7 +84,7 @@ def _cells(row: Row) -> list[str]:
         str(row.m or ""),
         row.memory,
         str(row.threads),
-        _time(row.seconds),
+        text_of_time(row.seconds),
         figure,
         against,
         ratio,

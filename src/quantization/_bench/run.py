@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -31,7 +32,7 @@ class Options:
 
     shapes: tuple[known.Shape, ...] = known.MODELS["square"]
     bits: tuple[int, ...] = (4,)
-    rows: tuple[int, ...] = known.ROWS
+    rows: tuple[int, ...] = known.QUICK_ROWS
     threads: tuple[int, ...] = (1,)
     isa: str = "generic"
     tables: tuple[str, ...] = TABLES
@@ -61,7 +62,7 @@ def ceiling_rows(options: Options) -> Iterator[Row]:
             result = measure(own, ceiling, options.effort)
             dot = f" ({machine.dot_name(options.isa)})" if ceiling.name == "dot" else ""
             row = Row("ceilings", ceiling.name + dot, "", "", options.isa, threads)
-            yield row.with_measurement(result, "itself", ceiling.unit)
+            yield row.with_measurement(dataclasses.replace(result, ceiling_name="itself"))
 
 
 def _print_table(out: TextIO, title: str, rows: Sequence[Row]) -> None:
@@ -86,7 +87,8 @@ def _gate_cells(line: dict[str, Any]) -> list[str]:
     sign = "<= " if line["lower"] else ">= "
     limits = [sign + number(line[key]) if line[key] is not None else "" for key in ("must", "stretch")]
     spread = f" ±{line['spread']:.2g}" if line["spread"] else ""
-    return [line["gate"], line["isa"], str(line["threads"]), number(line["figure"]) + spread, *limits, line["verdict"]]
+    figure = number(line["figure"]) + spread
+    return [line["gate"], line["isa"], str(line["threads"]), figure, *limits, line["verdict"], line["measured"]]
 
 
 def chosen_gates(only: str) -> tuple[Gate, ...]:
@@ -96,7 +98,7 @@ def chosen_gates(only: str) -> tuple[Gate, ...]:
 
 def print_gates(out: TextIO, lines: Sequence[dict[str, Any]]) -> None:
     """Print one line for each gate, and how many were met."""
-    header = ["gate", "ISA", "threads", "figure", "must", "stretch", "verdict"]
+    header = ["gate", "ISA", "threads", "figure", "must", "stretch", "verdict", "measured"]
     out.write(f"\n{_text.table(header, [_gate_cells(line) for line in lines], left=2)}\n")
     met, missed = (sum(line["verdict"].startswith(word) for line in lines) for word in ("ok", "MISSED"))
     out.write(f"\n{met} ok, {missed} missed, {len(lines) - met - missed} without a verdict\n")
@@ -130,7 +132,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     return Options(
         shapes=known.parse(arguments.shapes),
         bits=tuple(arguments.bits or ((2, 3, 4, 5, 6, 8) if arguments.full else (4,))),
-        rows=tuple(arguments.rows or known.ROWS),
+        rows=tuple(arguments.rows or (known.ROWS if arguments.full else known.QUICK_ROWS)),
         threads=tuple(arguments.threads or dict.fromkeys((1, most))),
         isa=arguments.isa or machine.isas()[0],
         tables=tuple(arguments.table or TABLES),
@@ -170,7 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every width and type, and longer samples")
     parser.add_argument("--shapes", default="square", metavar="NAME,…", help=f"NxK, or {', '.join(known.MODELS)}")
     parser.add_argument("--bits", type=_positive, metavar="N,…", help="widths (default: 4)")
-    parser.add_argument("--rows", type=_positive, metavar="M,…", help="rows of x (default: 1 to 512)")
+    parser.add_argument("--rows", type=_positive, metavar="M,…", help="rows of x (default: 1, 2, 4, 16, 128)")
     parser.add_argument("--threads", type=_positive, metavar="N,…", help="numbers of threads (default: 1 and all)")
     parser.add_argument("--isa", choices=machine.isas(), help="instruction set (default: the best)")
     parser.add_argument("--table", action="append", choices=TABLES, help="only this table; may be given several times")

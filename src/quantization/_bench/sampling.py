@@ -19,6 +19,9 @@ class Effort:
     longest_call: float
 
 
+FEWEST, LONG = 3, 10
+"""Pairs that take so many times what was asked for, because one call does, are taken only so often."""
+
 QUICK = Effort(samples=5, seconds=0.02, longest_call=2.0)
 FULL = Effort(samples=9, seconds=0.06, longest_call=30.0)
 
@@ -33,7 +36,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over pairs of samples; ratios are the kernel's rate to the ceiling's of the same pair."""
+    """Medians over pairs of samples; ratios are the kernel's rate to the ceiling's of the same pair.
+
+    Rates are in ``unit``: GB/s, GFLOP/s and so on. ``share`` is the least that a thread had of its time.
+    """
 
     seconds: float
     rate: float
@@ -43,6 +49,8 @@ class Measurement:
     samples: int
     retries: int
     share: float
+    unit: str = ""
+    ceiling_name: str = ""
 
 
 class TooSlowError(Exception):
@@ -78,7 +86,7 @@ def against(name: str, run: Callable[[int], object]) -> Ceiling:
     return Ceiling(name, count, "calls")
 
 
-def _summary(pairs: list[tuple[float, float, float]], retries: int, share: float) -> Measurement:
+def _summary(pairs: list[tuple[float, float, float]], retries: int, share: float, ceiling: Ceiling) -> Measurement:
     seconds, rates, ceilings = zip(*pairs, strict=True)
     ratios = [rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)]
     return Measurement(
@@ -90,6 +98,8 @@ def _summary(pairs: list[tuple[float, float, float]], retries: int, share: float
         len(pairs),
         retries,
         share,
+        ceiling.unit,
+        ceiling.name,
     )
 
 
@@ -102,14 +112,14 @@ def measure(work: Work, ceiling: Ceiling, effort: Effort, settle: bool = False) 
     calls = _calls_for(work.run, effort.seconds, effort.longest_call)
     portions = _calls_for(ceiling.run, effort.seconds, effort.longest_call)
     pairs: list[tuple[float, float, float]] = []
-    retries, least = 0, 1.0
+    retries, least, wanted = 0, 1.0, effort.samples
     done = [0.0]
 
     def run_ceiling() -> None:
         done[0] = ceiling.run(portions)
 
     with clock.pinned(lambda: work.run(calls), run_ceiling):
-        while len(pairs) < effort.samples:
+        while len(pairs) < wanted:
             if settle:
                 clock.wait_for_spinners()
             ours = clock.timed(lambda: work.run(calls))
@@ -117,10 +127,11 @@ def measure(work: Work, ceiling: Ceiling, effort: Effort, settle: bool = False) 
                 clock.wait_for_spinners()
             theirs = clock.timed(run_ceiling)
             share = min(ours.share, theirs.share)
-            if share < clock.LEAST_SHARE and retries < effort.samples:
+            if share < clock.LEAST_SHARE and retries < wanted:
                 retries += 1
                 continue
             least = min(least, share)
             rate = work.amount * calls / ours.seconds
+            wanted = min(wanted, FEWEST) if ours.seconds + theirs.seconds > LONG * effort.seconds else wanted
             pairs.append((ours.seconds / calls, rate / 1e9, done[0] / theirs.seconds / 1e9))
-    return _summary(pairs, retries, least)
+    return _summary(pairs, retries, least, ceiling)
