@@ -457,6 +457,9 @@ def test_openblas_is_told_what_the_cpu_can_do(monkeypatch, features, core):
     assert machine.blas_environment() == {}
 
 
-def test_the_best_isa_is_what_a_plan_takes():
-    assert machine.isas()[0] == _C.Plan("quantize").isa or "QUANTIZATION_ISA" in os.environ
+def test_the_environment_chooses_what_is_measured(monkeypatch):
+    monkeypatch.delenv("QUANTIZATION_ISA", raising=False)
+    assert machine.default_isa() == machine.isas()[0] == run.Options().isa
+    monkeypatch.setenv("QUANTIZATION_ISA", "generic")
+    assert machine.default_isa() == "generic"
     assert q.get_num_threads() == machine.describe()["threads"]

@@ -121,17 +121,14 @@ def fake_quantize_cache(gate: Gate, isa: str, effort: Effort) -> Measurement:
     return _fake_quantize(gate, isa, effort, True)
 
 
-def _one(figure: float) -> Measurement:
-    nan = float("nan")
-    return Measurement(nan, nan, nan, figure, 0.0, 1, 0, 1.0)
-
-
 def scratch_a_thread(gate: Gate, isa: str, effort: Effort) -> Measurement:
     """Take the MiB beyond arguments and planes of x (three bytes an element), by threads."""
     product = _product(gate)
     n, k = product.shape
-    taken = scratch.take(isa, gate.threads, n, k, product.m)
-    return _one(max(0, taken - 3 * product.m * k) / gate.threads / 2**20)
+    taken, planes = scratch.take(isa, gate.threads, n, k, product.m) / 2**20, 3 * product.m * k / 2**20
+    beyond = max(0.0, taken - planes) / gate.threads
+    nan = float("nan")
+    return Measurement(nan, taken, planes, beyond, 0.0, 1, 0, 1.0, "MiB", "planes of x")
 
 
 def _call_overhead(dtype: str, effort: Effort) -> Measurement:
@@ -158,12 +155,14 @@ def _absolute(result: Measurement) -> str:
     """Say what a ratio was made of: both rates, or both times."""
     if result.unit == "calls":
         return f"{text_of_time(1e-9 / result.ceiling)} / {text_of_time(result.seconds)}"
+    if result.ceiling_name == "planes of x":
+        return f"{result.rate:.1f} MiB, planes of x {result.ceiling:.1f} MiB"
     return f"{result.rate:.1f} of {result.ceiling:.1f} {result.unit}" if result.unit else ""
 
 
 def take(gate: Gate, effort: Effort) -> dict[str, Any]:
     """Return a gate's line as plain values: its figure and verdict, or why there is none."""
-    line: dict[str, Any] = {"gate": gate.name, "isa": gate.isa or machine.isas()[0], "threads": gate.threads}
+    line: dict[str, Any] = {"gate": gate.name, "isa": gate.isa or machine.default_isa(), "threads": gate.threads}
     line |= {
         "figure": None,
         "spread": None,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import _C, get_num_threads
+from .._config import compile_plan
 from .._version import __version__
 
 PEERS = ("mlx", "torch", "onnxruntime", "openvino", "gguf")
@@ -89,6 +90,11 @@ def memory() -> int:
 def isas() -> list[str]:
     """Return the instruction sets that can run here, best first."""
     return [entry["name"] for entry in _C.isas() if entry["available"]]
+
+
+def default_isa() -> str:
+    """Return the instruction set that calls use: the best, unless the environment asks for another."""
+    return compile_plan("quantize", None).isa
 
 
 def dot_name(isa: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._extras import require
+
 
 def _pairs(codes: np.ndarray) -> np.ndarray:
     pairs: np.ndarray = codes[:, 0::2] | codes[:, 1::2] << 4
@@ -15,8 +17,8 @@ def matmul_nbits(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group
 
     Zero points are packed as codes are: with those of the scales' type onnxruntime leaves its fast kernels.
     """
-    from onnx import TensorProto, helper, numpy_helper
-
+    onnx = require("onnx", "bench")
+    helper = onnx.helper
     n, k = codes.shape
     blocks = k // group_size
     packed = _pairs(codes).reshape(n, blocks, group_size // 2)
@@ -36,9 +38,9 @@ def matmul_nbits(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group
     graph = helper.make_graph(
         [node],
         "matmul",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],
-        [numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in tensors.items()],
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["m", k])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["m", n])],
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in tensors.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from .._extras import require
+
 
 def compressed_matmul(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group_size: int) -> Any:
     """Return y = x @ W.T as convert(u4) - convert(zero), times scale, reshaped, multiplied."""
-    import openvino
-    from openvino import opset13 as ops
-
+    openvino, ops = require("openvino", "bench"), require("openvino.opset13", "bench")
     n, k = codes.shape
     grouped = (n, k // group_size, group_size)
 

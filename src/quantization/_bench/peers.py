@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from .._extras import require
+from . import onnx_model, openvino_model
 from .weights import Weights, codes_of
 
 Call = Callable[[int], Any]
@@ -72,7 +74,7 @@ def _rotating(products: list[Callable[[], Any]]) -> Call:
 
 def _mlx(dtype: str) -> Prepare:
     def prepare(weights: Weights, threads: int) -> Callable[[int], Call]:
-        import mlx.core as mx
+        mx = require("mlx.core", "bench")
 
         mx.set_default_device(mx.cpu)
         kind = getattr(mx, dtype)
@@ -103,7 +105,7 @@ def _torch_sets(weights: Weights) -> list[tuple[Any, Any]]:
 
     `_weight_int4pack_mm_for_cpu` computes (code - 8) * scale + offset: offset = (8 - zero point) * scale.
     """
-    import torch
+    torch = require("torch", "bench")
 
     codes, scales, zeros = codes_of(weights, 0)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.from_numpy(codes.astype(np.int32)), 2)
@@ -113,7 +115,7 @@ def _torch_sets(weights: Weights) -> list[tuple[Any, Any]]:
 
 
 def _torch(weights: Weights, threads: int) -> Callable[[int], Call]:
-    import torch
+    torch = require("torch", "bench")
 
     sets = _torch_sets(weights)
     product = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -136,7 +138,7 @@ def _torch(weights: Weights, threads: int) -> Callable[[int], Call]:
 
 def _numpy(weights: Weights, threads: int) -> Callable[[int], Call]:
     """Products with the dequantized float32 matrix: what users write who have no quantized product."""
-    import threadpoolctl
+    threadpoolctl = require("threadpoolctl", "bench")
 
     enough = max(2, -(-weights.nbytes * weights.copies // (4 * weights.shape.n * weights.shape.k)))
     dense = [weights.dense(copy).T for copy in range(min(weights.copies, enough))]
@@ -157,9 +159,7 @@ def _numpy(weights: Weights, threads: int) -> Callable[[int], Call]:
 
 def _onnxruntime(level: int) -> Prepare:
     def prepare(weights: Weights, threads: int) -> Callable[[int], Call]:
-        import onnxruntime
-
-        from . import onnx_model
+        onnxruntime = require("onnxruntime", "bench")
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -183,9 +183,7 @@ def _openvino(group: int) -> Prepare:
     """`group`: how many elements of x are rounded to 8 bits together, if the CPU has an instruction for it; 0: none."""
 
     def prepare(weights: Weights, threads: int) -> Callable[[int], Call]:
-        import openvino
-
-        from . import openvino_model
+        openvino = require("openvino", "bench")
 
         config = {
             "INFERENCE_NUM_THREADS": threads,
@@ -236,18 +234,13 @@ class Codec:
 
 
 def _gguf(w: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any], int]:
-    from gguf import GGMLQuantizationType, quants
-
-    codes = quants.quantize(w, GGMLQuantizationType.Q4_0)
-    return (
-        lambda: quants.quantize(w, GGMLQuantizationType.Q4_0),
-        lambda: quants.dequantize(codes, GGMLQuantizationType.Q4_0),
-        codes.nbytes,
-    )
+    quants, kind = require("gguf.quants", "bench"), require("gguf", "bench").GGMLQuantizationType.Q4_0
+    codes = quants.quantize(w, kind)
+    return lambda: quants.quantize(w, kind), lambda: quants.dequantize(codes, kind), codes.nbytes
 
 
 def _mlx_codec(w: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any], int]:
-    import mlx.core as mx
+    mx = require("mlx.core", "bench")
 
     mx.set_default_device(mx.cpu)
     array = mx.array(w)

@@ -34,7 +34,7 @@ class Options:
     bits: tuple[int, ...] = (4,)
     rows: tuple[int, ...] = known.QUICK_ROWS
     threads: tuple[int, ...] = (1,)
-    isa: str = "generic"
+    isa: str = dataclasses.field(default_factory=machine.default_isa)
     tables: tuple[str, ...] = TABLES
     peers: list[str] | None = None
     full: bool = False
@@ -134,7 +134,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         bits=tuple(arguments.bits or ((2, 3, 4, 5, 6, 8) if arguments.full else (4,))),
         rows=tuple(arguments.rows or (known.ROWS if arguments.full else known.QUICK_ROWS)),
         threads=tuple(arguments.threads or dict.fromkeys((1, most))),
-        isa=arguments.isa or machine.isas()[0],
+        isa=arguments.isa or machine.default_isa(),
         tables=tuple(arguments.table or TABLES),
         peers=names,
         full=arguments.full,
@@ -172,9 +172,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every width and type, and longer samples")
     parser.add_argument("--shapes", default="square", metavar="NAME,…", help=f"NxK, or {', '.join(known.MODELS)}")
     parser.add_argument("--bits", type=_positive, metavar="N,…", help="widths (default: 4)")
-    parser.add_argument("--rows", type=_positive, metavar="M,…", help="rows of x (default: 1, 2, 4, 16, 128)")
+    parser.add_argument("--rows", type=_positive, metavar="M,…", help="rows of x (default: 1, 4, 16, 128)")
     parser.add_argument("--threads", type=_positive, metavar="N,…", help="numbers of threads (default: 1 and all)")
-    parser.add_argument("--isa", choices=machine.isas(), help="instruction set (default: the best)")
+    parser.add_argument("--isa", choices=machine.isas(), help="instruction set of the tables (default: the best)")
     parser.add_argument("--table", action="append", choices=TABLES, help="only this table; may be given several times")
     parser.add_argument("--peers", metavar="NAME,…", help="only peers with such names; '' for none")
     parser.add_argument("--gates", action="store_true", help="one line for each gate instead of the tables")

@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[Shape, ...]] = {
     "gpt-oss-20b-expert": (Shape(5760, 2880), Shape(2880, 2880)),
     "odd": (Shape(1, 2880), Shape(7, 64), Shape(192, 2880), Shape(4100, 2880)),
 }
-QUICK_ROWS = (1, 2, 4, 16, 128)
+QUICK_ROWS = (1, 4, 16, 128)
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
 
 
