@@ -30,10 +30,12 @@ def figure_of(weights: Weights, m: int, isa: str, threads: int) -> tuple[Ceiling
     return ceilings.arithmetic("fma", isa, threads), 2.0 * m * weights.shape.n * weights.shape.k
 
 
-@functools.lru_cache(maxsize=3)
-def cached_weights(shape: Shape, bits: int, transpose: bool, cold: bool, scale_dtype: str) -> Weights:
-    """Return weights that a former row may have made."""
+def _new_weights(shape: Shape, bits: int, transpose: bool, cold: bool, scale_dtype: str) -> Weights:
     return Weights(shape, bits, transpose=transpose, cold=cold, scale_dtype=scale_dtype)
+
+
+cached_weights = functools.lru_cache(maxsize=3)(_new_weights)
+"""Weights that a former row may have made: shape, bits, transpose, cold, scale_dtype."""
 
 
 def our_row(op: str, shape: Shape, bits: int, m: int, variant: Variant, isa: str, threads: int, cold: bool,

@@ -99,8 +99,7 @@ def _mlx(dtype: str) -> Prepare:
     return prepare
 
 
-@functools.lru_cache(maxsize=1)
-def _torch_sets(weights: Weights) -> list[tuple[Any, Any]]:
+def _make_torch_sets(weights: Weights) -> list[tuple[Any, Any]]:
     """Pack once, which takes seconds, and copy: torch holds equal weights as often as it is told to.
 
     `_weight_int4pack_mm_for_cpu` computes (code - 8) * scale + offset: offset = (8 - zero point) * scale.
@@ -112,6 +111,9 @@ def _torch_sets(weights: Weights) -> list[tuple[Any, Any]]:
     both = np.stack([scales, (8 - zeros) * scales], axis=-1).swapaxes(0, 1)
     half = torch.from_numpy(np.ascontiguousarray(both)).to(torch.bfloat16)
     return [(packed.clone(), half.clone()) for _ in range(weights.copies)]
+
+
+_torch_sets = functools.lru_cache(maxsize=1)(_make_torch_sets)
 
 
 def _torch(weights: Weights, threads: int) -> Callable[[int], Call]:

@@ -168,8 +168,7 @@ def _four_digits(values: np.ndarray) -> np.ndarray:
     return rounded
 
 
-@functools.lru_cache(maxsize=4)
-def _packed(stored: Shape, bits: int, group_size: int, scale_dtype: str) -> tuple[np.ndarray, ...]:
+def _pack(stored: Shape, bits: int, group_size: int, scale_dtype: str) -> tuple[np.ndarray, ...]:
     """Codes, scales and biases of a random matrix [N, K] as stored.
 
     Scales have four significant bits and biases are -scale times a code: some libraries hold zero points as codes, some
@@ -184,3 +183,6 @@ def _packed(stored: Shape, bits: int, group_size: int, scale_dtype: str) -> tupl
     parts = codes, as_dtype(scales, scale_dtype), as_dtype(-zeros * scales, scale_dtype)
     times = -(-stored.n // rows)
     return tuple(np.tile(part, (times, 1))[: stored.n] if times > 1 else part for part in parts)
+
+
+_packed = functools.lru_cache(maxsize=4)(_pack)
