@@ -1,7 +1,7 @@
 """How much memory a product takes beyond its arguments: run as a process of its own, where the first call is the only.
 
-A process's largest resident size only grows, so the arguments are made last before the call, and what the call adds is
-what it took at most: scratch, planes of x, and the stacks of the threads it started.
+A process's largest resident size only grows, so a ballast lifts it beyond all earlier peaks before the call, and what
+the call adds is what it took at most: scratch, planes of x, and the stacks of the threads it started.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -17,12 +19,27 @@ import quantization as q
 
 from .ours import settings
 
-_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
 _BALLAST = 64 << 20
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+    """Bytes that were resident at most.
+
+    On Linux as /proc has it, since getrusage counts what the parent had when this process was started.
+    """
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+
+
+def growth(call: Callable[[], object]) -> int:
+    """Return the bytes that a call takes at most, give or take what Linux counts late: 64 pages a thread."""
+    ballast = np.ones(_BALLAST, np.uint8)
+    before = _peak()
+    call()
+    del ballast
+    return _peak() - before
 
 
 def _measure(isa: str, threads: int, n: int, k: int, m: int) -> int:
@@ -31,12 +48,8 @@ def _measure(isa: str, threads: int, n: int, k: int, m: int) -> int:
     x, out = np.ones((m, k), np.float32), np.ones((m, n), np.float32)
     with settings(isa, threads):
         kernel = q.AffineQmmT(64, 4)
-        kernel(x[:1, :64], codes[:1, :8], scales[:1, :1], biases[:1, :1])  # code pages of the way to the kernel
-        ballast = np.ones(_BALLAST, np.uint8)  # beyond any earlier peak
-        before = _peak()
-        kernel(x, codes, scales, biases, out=out)
-        del ballast
-        return _peak() - before
+        kernel(x[:1, :64], codes[:1, :8], scales[:1, :1], biases[:1, :1])  # the kernel's code becomes resident
+        return growth(lambda: kernel(x, codes, scales, biases, out=out))
 
 
 def take(isa: str, threads: int, n: int, k: int, m: int) -> int:
