@@ -243,8 +243,8 @@ def test_calls_that_take_too_long(monkeypatch):
 
 def test_share_of_the_worst_thread():
     """Of 1000 ns, one thread waited 100, one that hardly ran waited 500, and one that is new waited 20."""
-    before = {1: (5000, 0), 2: (700, 50)}
-    after = {1: (5900, 100), 2: (710, 550), 3: (980, 20)}
+    before = {1: (5000, 40), 2: (700, 50)}
+    after = {1: (5900, 140), 2: (710, 550), 3: (980, 20)}
     assert clock._least_share(before, after, 1000) == pytest.approx(0.9)
 
 
