@@ -8,6 +8,9 @@
 
 enum { QZ_MAX_DIMS = 32 };
 
+/* Memory that a ceiling is measured on comes in multiples of this, so that no probe has a tail to treat. */
+enum { QZ_PROBE_BLOCK = 256 };
+
 typedef enum qz_status {
     QZ_OK = 0,
     QZ_NO_MEMORY,   /* scratch could not be allocated; nothing was written */

@@ -40,6 +40,17 @@ typedef struct qz_fake_quantize_args {
     int bits;
 } qz_fake_quantize_args;
 
+typedef enum qz_probe { QZ_PROBE_READ, QZ_PROBE_COPY, QZ_PROBE_STREAM, QZ_PROBE_FMA, QZ_PROBE_DOT, QZ_PROBES } qz_probe;
+
+/* One ceiling, measured by doing its work `repeats` times while the caller looks at a clock. */
+typedef struct qz_probe_args {
+    qz_probe what;
+    const char *from; /* READ, COPY, STREAM: `size` bytes, a multiple of QZ_PROBE_BLOCK */
+    char *to;         /* COPY, STREAM: as many elsewhere, aligned to 64 bytes */
+    ptrdiff_t size, repeats;
+    double *done; /* set to the bytes read and written, or the multiplications and additions */
+} qz_probe_args;
+
 typedef struct qz_device {
     const char *name;
     /* NULL if the device can be used, else why not. */
@@ -48,6 +59,7 @@ typedef struct qz_device {
     qz_status (*dequantize)(const qz_plan *, const qz_dequantize_args *, const qz_run *);
     qz_status (*matmul)(const qz_plan *, const qz_matmul_args *, const qz_run *);
     qz_status (*fake_quantize)(const qz_plan *, const qz_fake_quantize_args *, const qz_run *);
+    qz_status (*probe)(const qz_plan *, const qz_probe_args *, const qz_run *);
 } qz_device;
 
 extern const qz_device qz_cpu_device, qz_metal_device;

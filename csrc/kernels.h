@@ -59,6 +59,17 @@ typedef struct qz_format_kernels {
     void (*matmul_n[QZ_MAX_DIGITS])(const qz_matmul_job *);
 } qz_format_kernels;
 
+/* What the ceilings are measured by (kernels/probe.h). Sizes are multiples of QZ_PROBE_BLOCK; an operation is a
+ * multiplication or an addition. */
+typedef struct qz_probe_kernels {
+    void (*read)(const char *from, ptrdiff_t size);
+    void (*stream)(char *to, const char *from, ptrdiff_t size); /* `to` is aligned to 64 bytes */
+    void (*fma)(ptrdiff_t rounds);
+    void (*dot)(ptrdiff_t rounds);
+    ptrdiff_t fma_operations, dot_operations; /* of a round */
+    const char *dot_name;                     /* the instruction */
+} qz_probe_kernels;
+
 typedef struct qz_kernels {
     const char *name;        /* of the ISA */
     const char *matmul_note; /* how the exact class is computed, for the repr of a compiled kernel */
@@ -66,6 +77,7 @@ typedef struct qz_kernels {
     void (*store)(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count);
     void (*fake_quantize)(float *y, const float *x, ptrdiff_t count, int bits, int stream);
     const qz_format_kernels *(*format)(int format, int group_slot);
+    qz_probe_kernels probe;
 } qz_kernels;
 
 #endif

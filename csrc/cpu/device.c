@@ -9,4 +9,5 @@ const qz_device qz_cpu_device = {
     .dequantize = qz_cpu_dequantize,
     .matmul = qz_cpu_matmul,
     .fake_quantize = qz_cpu_fake_quantize,
+    .probe = qz_cpu_probe,
 };

@@ -73,4 +73,7 @@ const qz_kernels QZ_NAME(qz_kernels) = {
     .store = QZ_NAME(store),
     .fake_quantize = QZ_NAME(fake_quantize),
     .format = QZ_NAME(format),
+    .probe = {QZ_NAME(probe_read), QZ_NAME(probe_stream), QZ_NAME(probe_fma), QZ_NAME(probe_dot),
+              .fma_operations = 2 * QZ_LANES * QZ_PROBE_CHAINS,
+              .dot_operations = 2 * QZ_LANES * QZ_PROBE_CHAINS * QZ_PROBE_PRODUCTS, .dot_name = QZ_PROBE_DOT_NAME},
 };

@@ -8,6 +8,7 @@
 #include "planes.h"
 
 #include "matmul.h"
+#include "probe.h"
 #include "quantize.h"
 
 #define QZ_MATMUL_NOTE "digit planes, " QZ_DOT_NAME

@@ -11,7 +11,7 @@
 /* ---- module state
  * ---------------------------------------------------------------------------------------------------- */
 
-typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE, OP_KINDS } op_kind;
+typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE, OP_KINDS, OP_ANY = OP_KINDS } op_kind;
 
 enum { QZ_MAX_PARAMETERS = 11 }; /* of an operation, the plan not counted */
 
@@ -31,7 +31,7 @@ extern struct PyModuleDef qz_module;
 /* ---- compiled kernels (plan.c, kernel.c)
  * ----------------------------------------------------------------------------------------- */
 
-typedef struct op_row {
+ypedef struct op_row {
     const char *name;
     op_kind kind;
     const char *mode; /* of formats.def */
@@ -50,7 +50,7 @@ extern PyType_Spec qz_plan_spec, qz_kernel_spec;
 /* Makes what binds the arguments of calls (kernel.c): state->names and state->defaults. 0 or -1. */
 int qz_prepare_calls(module_state *state);
 
-/* The first argument of a call as a plan of this kind; NULL with TypeError set if it is none. */
+/* The first argument of a call as a plan of this kind (OP_ANY: of whichever); NULL with TypeError set if it is none. */
 const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind);
 
 /* Lists for Python: what formats.def, isa.def and the devices say. */
@@ -190,6 +190,7 @@ PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t cou
 PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_probe(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* TypeError unless a function got just so many arguments. */
 int qz_check_count(const char *function, Py_ssize_t got, Py_ssize_t expected);

@@ -67,6 +67,8 @@ static PyMethodDef functions[] = {
      "input_dtype, /)\n--\n\nMultiplies by packed weights."},
     {"fake_quantize", (PyCFunction)(void (*)(void))qz_py_fake_quantize, METH_FASTCALL,
      "fake_quantize($module, plan, x, bits, out, input_dtype, /)\n--\n\nRounds to a grid."},
+    {"probe", (PyCFunction)(void (*)(void))qz_py_probe, METH_FASTCALL,
+     "probe($module, plan, what, source, target, repeats, /)\n--\n\nDoes a ceiling's work; returns how much."},
     {"formats", qz_list_formats, METH_NOARGS, "formats($module, /)\n--\n\nThe rows of formats.def."},
     {"isas", qz_list_isas, METH_NOARGS, "isas($module, /)\n--\n\nThe instruction sets, best first."},
     {"devices", qz_list_devices, METH_NOARGS, "devices($module, /)\n--\n\nThe devices, and why not."},

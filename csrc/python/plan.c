@@ -191,7 +191,7 @@ const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind
     const module_state *state = PyModule_GetState(module);
     if (Py_TYPE(object) == state->plan_type) {
         const plan_object *plan = (const plan_object *)object;
-        if (plan->op->kind == kind) return plan;
+        if (plan->op->kind == kind || kind == OP_ANY) return plan;
         PyErr_Format(PyExc_TypeError, "the plan is for %s, here one for %s or its like is needed", plan->op->name,
                      kinds[kind]);
         return NULL;
@@ -247,8 +247,9 @@ PyObject *qz_list_isas(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     for (int i = 0; list && i < QZ_ISA_COUNT; i++) {
         const char *reason = qz_isa_unavailable(&qz_isas[i], why, sizeof why);
-        append(&list, Py_BuildValue("{s:s,s:O,s:z}", "name", qz_isas[i].name, "available", reason ? Py_False : Py_True,
-                                    "reason", reason));
+        const char *dot = qz_isas[i].kernels ? qz_isas[i].kernels->probe.dot_name : NULL;
+        append(&list, Py_BuildValue("{s:s,s:O,s:z,s:z}", "name", qz_isas[i].name, "available",
+                                    reason ? Py_False : Py_True, "reason", reason, "dot", dot));
     }
     return as_tuple(list);
 }

@@ -31,6 +31,7 @@ static inline v_f32 f32_of_bits(v_i32 v) { return _mm256_castsi256_ps(v); }
 static inline v_f32 add_f32(v_f32 a, v_f32 b) { return _mm256_add_ps(a, b); }
 static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return _mm256_sub_ps(a, b); }
 static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return _mm256_mul_ps(a, b); }
+static inline v_f32 fma_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline v_f32 div_f32(v_f32 a, v_f32 b) { return _mm256_div_ps(a, b); }
 static inline v_f32 min_f32(v_f32 a, v_f32 b) { return _mm256_min_ps(a, b); }
 static inline v_f32 max_f32(v_f32 a, v_f32 b) { return _mm256_max_ps(a, b); }

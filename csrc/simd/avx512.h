@@ -30,6 +30,7 @@ static inline v_f32 f32_of_bits(v_i32 v) { return _mm512_castsi512_ps(v); }
 static inline v_f32 add_f32(v_f32 a, v_f32 b) { return _mm512_add_ps(a, b); }
 static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return _mm512_sub_ps(a, b); }
 static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return _mm512_mul_ps(a, b); }
+static inline v_f32 fma_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline v_f32 div_f32(v_f32 a, v_f32 b) { return _mm512_div_ps(a, b); }
 static inline v_f32 min_f32(v_f32 a, v_f32 b) { return _mm512_min_ps(a, b); }
 static inline v_f32 max_f32(v_f32 a, v_f32 b) { return _mm512_max_ps(a, b); }

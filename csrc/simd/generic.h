@@ -1,5 +1,8 @@
 /* The vector primitives in portable C: four lanes as a compiler vector. Every other header of this folder offers the
- * same names with the same results, bit for bit.
+ * same names with the same results, bit for bit, but for fma_f32.
+ *
+ * fma_f32(a, b, c) is a * b + c, rounded once where the ISA fuses them and twice here, where fusing would be a call of
+ * the C library for each lane: what uses it promises no equal bits.
  *
  * min_f32(a, b) is a < b ? a : b and max_f32(a, b) is a > b ? a : b: b where either is NaN, as MINPS and MAXPS do.
  * trunc_f32 keeps NaN and the sign of zero; its argument is below 2^31 in magnitude, as are those of the conversions.
@@ -41,6 +44,7 @@ static inline v_f32 f32_of_bits(v_i32 v) { return (v_f32)v; }
 static inline v_f32 add_f32(v_f32 a, v_f32 b) { return a + b; }
 static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return a - b; }
 static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return a * b; }
+static inline v_f32 fma_f32(v_f32 a, v_f32 b, v_f32 c) { return a * b + c; }
 static inline v_f32 div_f32(v_f32 a, v_f32 b) { return a / b; }
 static inline v_i32 add_i32(v_i32 a, v_i32 b) { return (v_i32)((v_u32)a + (v_u32)b); }
 static inline v_i32 sub_i32(v_i32 a, v_i32 b) { return (v_i32)((v_u32)a - (v_u32)b); }

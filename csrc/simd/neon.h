@@ -31,6 +31,7 @@ static inline v_f32 f32_of_bits(v_i32 v) { return vreinterpretq_f32_s32(v); }
 static inline v_f32 add_f32(v_f32 a, v_f32 b) { return vaddq_f32(a, b); }
 static inline v_f32 sub_f32(v_f32 a, v_f32 b) { return vsubq_f32(a, b); }
 static inline v_f32 mul_f32(v_f32 a, v_f32 b) { return vmulq_f32(a, b); }
+static inline v_f32 fma_f32(v_f32 a, v_f32 b, v_f32 c) { return vfmaq_f32(c, a, b); }
 static inline v_f32 div_f32(v_f32 a, v_f32 b) { return vdivq_f32(a, b); }
 /* FMIN and FMAX would give NaN where either operand is NaN, and tell -0 from 0. */
 static inline v_f32 min_f32(v_f32 a, v_f32 b) { return vbslq_f32(vcltq_f32(a, b), a, b); }

@@ -1,4 +1,7 @@
-"""Command line: ``python -m quantization demo | report | info``. Errors are one line on stderr and exit status 2."""
+"""Command line: ``python -m quantization demo | report | bench | info``.
+
+Errors are one line on stderr and exit status 2.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import _extras, _report, show_config
+from ._bench import run as _bench
 
 
 def _bar(label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
@@ -56,6 +60,14 @@ def _run_report(arguments: argparse.Namespace) -> None:
         result.plot(arguments.plot)
 
 
+def _run_bench(arguments: argparse.Namespace) -> int:
+    if arguments.restart:
+        _bench.machine.restart_with_blas_environment()
+    options = _bench.options_of(arguments)
+    met = _bench.run(sys.stdout, options, gates=arguments.gates, json=arguments.json, picture=arguments.plot)
+    return 1 if arguments.strict and not met else 0
+
+
 def _run_info(_: argparse.Namespace) -> None:
     print(show_config())
 
@@ -97,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
             help="a format such as affine_4_g64; may be given several times",
         )
         command.add_argument("--plot", metavar="FILE", help="also draw it (.png, .svg, .pdf)")
+    bench = commands.add_parser("bench", help="kernels and peers beside the ceilings of this machine")
+    _bench.add_arguments(bench)
+    bench.set_defaults(run=_run_bench)
     info = commands.add_parser("info", help="versions, CPU features, chosen kernels, threads")
     info.set_defaults(run=_run_info)
     return parser
@@ -105,8 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
     arguments = _parser().parse_args(argv)
+    arguments.restart = argv is None  # only a process that is ours may become another one
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, less) has gone. Python flushes stdout again at exit: give it somewhere to flush to.
@@ -117,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"quantization: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

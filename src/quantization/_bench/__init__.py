@@ -1,0 +1,1 @@
+"""``python -m quantization bench``: kernels and installed peers beside the ceilings of the machine they run on."""

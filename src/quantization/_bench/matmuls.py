@@ -1,0 +1,122 @@
+"""Products as rows: ours and the peers', with the memory's speed as ceiling at M <= 2 and the FMA peak beyond."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .. import _text
+from . import ceilings, ours, peers
+from .ceilings import Ceiling
+from .ours import Variant, settings
+from .rows import Row
+from .sampling import Effort, TooSlowError, Work, measure
+from .shapes import Shape
+from .weights import Weights
+
+READ_BOUND = 2
+"""Up to so many rows of x, reading weights takes longer than float32 multiplications would at their peak."""
+
+
+def figure_of(weights: Weights, m: int, isa: str, threads: int) -> tuple[Ceiling, float]:
+    """Return the ceiling of a product, and the bytes or operations that a call counts for."""
+    if m <= READ_BOUND:
+        return ceilings.reading(weights.spans, isa, threads), float(weights.nbytes)
+    return ceilings.arithmetic("fma", isa, threads), 2.0 * m * weights.shape.n * weights.shape.k
+
+
+def _new_weights(shape: Shape, bits: int, transpose: bool, cold: bool, scale_dtype: str) -> Weights:
+    return Weights(shape, bits, transpose=transpose, cold=cold, scale_dtype=scale_dtype)
+
+
+cached_weights = functools.lru_cache(maxsize=3)(_new_weights)
+"""Weights that a former row may have made: shape, bits, transpose, cold, scale_dtype."""
+
+
+def our_row(op: str, shape: Shape, bits: int, m: int, variant: Variant, isa: str, threads: int, cold: bool,
+            effort: Effort) -> Row:  # fmt: skip
+    """Measure one of our products."""
+    row = Row("matmul", "quantization", f"{op} {variant}", variant.accuracy, isa, threads, str(shape), bits, m,
+              "cold" if cold else "hot")  # fmt: skip
+    if why := ours.missing(variant):
+        return row.with_note(why)
+    weights = cached_weights(shape, bits, op != "affine_qmm_n", cold, ours.scale_dtype_for(variant))
+    ceiling, amount = figure_of(weights, m, isa, threads)
+    out = ours.output(weights, m, variant)
+    call = ours.call_matmul(op, weights, m, variant, out)
+    with settings(isa, threads):
+        try:
+            result = measure(Work(ours.repeat(call), amount), ceiling, effort)
+        except TooSlowError as error:
+            return row.with_note(str(error))
+    dtype = "bfloat16" if out.dtype == np.uint16 else str(out.dtype)
+    return row.with_measurement(result, weights.error(out, dtype, variant.dtype))
+
+
+MOST_COPIES = 64
+"""Copies of small matrices that peers get: each may be a compiled model of its own."""
+
+
+def peer_rows(peer: peers.Peer, shape: Shape, bits: int, isa: str, threads: int, numbers: Iterable[int],
+              effort: Effort) -> Iterator[Row]:  # fmt: skip
+    """Measure a peer with more and more rows of x, until its time would be out of proportion."""
+    weights = cached_weights(shape, bits, True, True, "float16")
+    row = Row("matmul", peer.name, peer.dtype, peer.accuracy, "", threads, str(shape), bits, 0, "cold")
+    why = peer.missing() or ("has no threads" if peer.serial and threads > 1 else None)
+    why = why or (f"needs {weights.copies} models" if weights.copies > MOST_COPIES else None)
+    if why:
+        yield row.with_note(why)
+        return
+    prepared = peer.prepare(weights, threads)
+    last: tuple[int, float] | None = None
+    for m in sorted(numbers):
+        row = dataclasses.replace(row, m=m)
+        if last and last[1] * m / last[0] > effort.longest_call:
+            yield row.with_note(f"too slow: {last[1]:.2g} s at M = {last[0]}")
+            continue
+        ceiling, amount = figure_of(weights, m, isa, threads)
+        try:
+            call = prepared(m)
+            error = weights.error(call(1), "float32", peer.dtype)
+            call(weights.copies - 1)  # some libraries finish compiling in the first call of each
+            result = measure(Work(call, amount), ceiling, effort, settle=True)
+        except (TooSlowError, ImportError, RuntimeError, ValueError) as failure:
+            yield row.with_note(_text.first_line(failure)[:60])
+            continue
+        last = m, result.seconds
+        yield row.with_measurement(result, error)
+
+
+def chosen_peers(names: list[str] | None) -> list[peers.Peer]:
+    """Return the peers whose name contains one of the words; all for None."""
+    if names is None:
+        return list(peers.MATMUL)
+    return [peer for peer in peers.MATMUL if any(word.lower() in peer.name.lower() for word in names)]
+
+
+def our_cases(m: int, shape: Shape, full: bool) -> Iterator[tuple[str, Variant, bool]]:
+    """Yield operation, variant and whether the weights are cold, for one M."""
+    op = "affine_qmv" if m == 1 else "affine_qmm_t"
+    variants: list[Variant] = [ours.EXACT, ours.BF16, ours.INT8, ours.FLOAT]
+    variants += [ours.F16] if full else []
+    for variant in variants:
+        yield op, variant, True
+    if m == 1:
+        yield op, ours.EXACT, False
+    if shape.n % 64 == 0 and (full or m in (1, 128)):
+        yield "affine_qmm_n", ours.EXACT, True
+
+
+def rows(options: Any, effort: Effort) -> Iterator[Row]:
+    """Yield the rows of the matmul table: for each matrix and number of threads, ours and then the peers."""
+    for shape, bits, threads in itertools.product(options.shapes, options.bits, options.threads):
+        for m in options.rows:
+            for op, variant, cold in our_cases(m, shape, options.full):
+                yield our_row(op, shape, bits, m, variant, options.isa, threads, cold, effort)
+        for peer in chosen_peers(options.peers) if bits == 4 else []:
+            yield from peer_rows(peer, shape, bits, options.isa, threads, options.rows, effort)

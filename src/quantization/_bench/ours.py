@@ -1,0 +1,158 @@
+"""What is measured of this package: the matmuls in their accuracy classes, and what makes and undoes codes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import quantization as q
+
+from .ceilings import aligned
+from .sampling import Work
+from .weights import Weights, as_dtype
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to call a matmul: the type of x, and the options that choose an accuracy class."""
+
+    dtype: str = "float32"
+    accumulate: str = "exact"
+    activations: str | None = None
+
+    def __str__(self) -> str:
+        options = [self.dtype]
+        options += [self.activations + " activations"] if self.activations else []
+        options += ["accumulate=" + self.accumulate] if self.accumulate != "exact" else []
+        return ", ".join(options)
+
+    @property
+    def accuracy(self) -> str:
+        """The accuracy class, in the words that peers get too."""
+        if self.activations:
+            return "int8 activations"
+        return "exact f32" if self.dtype == "float32" else f"exact, {self.dtype} x"
+
+
+EXACT, BF16, F16 = Variant(), Variant("bfloat16"), Variant("float16")
+INT8, FLOAT = Variant(activations="int8"), Variant(accumulate="float")
+VARIANTS = {"float32": EXACT, "bfloat16": BF16, "float16": F16, "int8": INT8, "float": FLOAT}
+
+
+@contextlib.contextmanager
+def settings(isa: str, threads: int) -> Iterator[None]:
+    """Run kernels of this instruction set on so many threads."""
+    with q.isa(isa), q.threads(threads):
+        yield
+
+
+def missing(variant: Variant) -> str | None:
+    """Say why the installed package cannot do a variant, or return None."""
+    w = q.affine_quantize(np.ones((1, 32), np.float32), 32, 4)
+    try:
+        q.affine_qmm_t(np.ones(32, np.float32), *w, accumulate=variant.accumulate, activations=variant.activations)
+    except ValueError:
+        return "not there"
+    return None
+
+
+def call_matmul(
+    op: str, weights: Weights, m: int, variant: Variant, out: np.ndarray | None = None
+) -> Callable[[], Any]:
+    """Return a call of `op` that takes the next copy of the weights."""
+    kernel: Any = {"affine_qmv": q.AffineQmv, "affine_qmm_t": q.AffineQmmT, "affine_qmm_n": q.AffineQmmN}[op]()
+    x = weights.x(m, variant.dtype)
+    options: dict[str, Any] = {"group_size": weights.group_size, "bits": weights.bits}
+    options |= {"accumulate": variant.accumulate, "activations": variant.activations, "out": out}
+    if variant.dtype == "bfloat16" or weights.scale_dtype == "bfloat16":
+        options["input_dtype"] = "bfloat16"
+    return lambda: kernel(x, *weights.next(), **options)
+
+
+def output(weights: Weights, m: int, variant: Variant) -> np.ndarray:
+    """Return an array for the product: x's dtype where the scales have it too, else float32."""
+    same = variant.dtype == weights.scale_dtype
+    dtype = {"bfloat16": "uint16"}.get(variant.dtype, variant.dtype) if same else "float32"
+    return np.zeros((m, weights.shape.n), dtype)
+
+
+def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
+    """Return a function that makes the call n times."""
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            call()
+
+    return run
+
+
+def scale_dtype_for(variant: Variant) -> str:
+    """Scales in 16 bits, of x's own type if that has 16 too."""
+    return variant.dtype if variant.dtype != "float32" else "float16"
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """An operation on arrays without a product: what to call, on what, and by which ceiling to judge it."""
+
+    op: str
+    what: str
+    ceiling: str
+    work: Work
+    nbytes: int
+
+
+def _columns(elements: int) -> tuple[int, int]:
+    return max(1, elements // 4096), min(elements, 4096)
+
+
+def quantizing(elements: int, dtype: str, bits: int) -> Elementwise:
+    """Return `affine_quantize` of an array of so many elements."""
+    shape = _columns(elements)
+    w = as_dtype(np.random.default_rng(1).standard_normal(shape, dtype=np.float32), dtype)
+    options: dict[str, Any] = {"group_size": 64, "bits": bits}
+    options |= {"input_dtype": "bfloat16"} if dtype == "bfloat16" else {}
+    out = q.affine_quantize(w, **options)
+    moved = w.nbytes + sum(part.nbytes for part in out)
+    kernel = q.AffineQuantize()
+    run = repeat(lambda: kernel(w, **options, out=out))
+    return Elementwise("affine_quantize", f"{dtype} to {bits} bits", "read", Work(run, moved), moved)
+
+
+def dequantizing(elements: int, dtype: str, bits: int) -> Elementwise:
+    """Return `affine_dequantize` to an array of so many elements; to 16 bits it is the conversion of types too."""
+    shape = _columns(elements)
+    codes = q.affine_quantize(np.random.default_rng(1).standard_normal(shape, dtype=np.float32), 64, bits)
+    out = aligned(elements * (4 if dtype == "float32" else 2))
+    out = out.view({"bfloat16": np.uint16}.get(dtype, dtype)).reshape(shape)
+    moved = out.nbytes + sum(part.nbytes for part in codes)
+    kernel = q.AffineDequantize()
+    run = repeat(lambda: kernel(*codes, 64, bits, dtype=dtype, out=out))
+    return Elementwise("affine_dequantize", f"{bits} bits to {dtype}", "stream", Work(run, moved), moved)
+
+
+def fake_quantizing(elements: int, cached: bool) -> Elementwise:
+    """Return `quantize`: from and to memory against a non-temporal copy, in the cache against memcpy."""
+    x = np.random.default_rng(1).uniform(-1.2, 1.2, elements).astype(np.float32)
+    y = aligned(elements * 4).view(np.float32)
+    kernel = q.VariableQuantizationKernel()
+    run = repeat(lambda: kernel(x, 4, out=y))
+    what = f"{elements:,} floats" + (" in L2" if cached else "")
+    return Elementwise("quantize", what, "copy" if cached else "stream", Work(run, 8 * elements), 8 * elements)
+
+
+def tiny_call(dtype: str) -> Callable[[], Any]:
+    """Return a product with a 64 x 64 matrix, small enough that only the way to the kernel takes time."""
+    scale_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    w = np.random.default_rng(1).standard_normal((64, 64), dtype=np.float32)
+    codes, scales, biases = q.affine_quantize(w, 64, 4, scale_dtype=scale_dtype)
+    x, out = as_dtype(w[0], dtype), np.zeros(64, np.float32 if dtype == "float32" else np.uint16)
+    kernel = q.AffineQmv(64, 4)
+    kernel.compile()
+    if dtype == "bfloat16":
+        return lambda: kernel(x, codes, scales, biases, out=out, input_dtype="bfloat16")
+    return lambda: kernel(x, codes, scales, biases, out=out)

@@ -1,0 +1,125 @@
+"""Results as rows: what a table prints and JSON holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import _text
+from .sampling import Measurement
+
+SCHEMA = 1
+_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure and its ceiling.
+
+    ``rate`` is in ``unit``; ``ratio`` is the median of rates by the ceiling measured directly after; ``spread`` is half
+    of what lies between the quartiles of those ratios. ``error`` is relative, against float64. A row that could not be
+    measured has a ``note`` instead of figures.
+    """
+
+    section: str
+    implementation: str
+    what: str
+    accuracy: str
+    isa: str
+    threads: int
+    shape: str = ""
+    bits: int = 0
+    m: int = 0
+    memory: str = ""
+    seconds: float = math.nan
+    rate: float = math.nan
+    unit: str = ""
+    ceiling_name: str = ""
+    ceiling: float = math.nan
+    ratio: float = math.nan
+    spread: float = math.nan
+    error: float = math.nan
+    samples: int = 0
+    retries: int = 0
+    share: float = math.nan
+    note: str = ""
+
+    def with_measurement(self, measurement: Measurement, error: float = math.nan) -> Row:
+        """Return the row with its figures."""
+        return dataclasses.replace(self, error=error, **dataclasses.asdict(measurement))
+
+    def with_note(self, note: str) -> Row:
+        """Return the row with the reason why it has no figures."""
+        return dataclasses.replace(self, note=note)
+
+
+def text_of_time(seconds: float) -> str:
+    """Return a time in s, ms or µs; nothing for NaN."""
+    if math.isnan(seconds):
+        return ""
+    size, unit = next((entry for entry in _UNITS if seconds >= entry[0]), _UNITS[-1])
+    return f"{seconds / size:.3g} {unit}"
+
+
+def _number(value: float, digits: str) -> str:
+    return "" if math.isnan(value) else format(value, digits)
+
+
+def _cells(row: Row) -> list[str]:
+    rated = row.unit not in ("", "calls")
+    figure = f"{row.rate:.1f} {row.unit}" if rated else ""
+    ratio = f"{row.ratio:.2f} ±{row.spread:.2f}" if rated else ""
+    against = f"{row.ceiling_name} {row.ceiling:.1f}" if rated else ""
+    disturbed = "disturbed" if row.samples and row.share < 0.985 else ""
+    return [
+        row.implementation,
+        row.what,
+        row.accuracy,
+        row.shape,
+        str(row.m or ""),
+        row.memory,
+        str(row.threads),
+        text_of_time(row.seconds),
+        figure,
+        against,
+        ratio,
+        _number(row.error, ".1e"),
+        row.note or disturbed,
+    ]
+
+
+HEADER = ("", "what", "accuracy class", "N x K", "M", "weights", "thr", "time", "figure", "ceiling", "x ceiling",
+          "error", "note")  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return rows as text; columns that are empty throughout are left out."""
+    cells = [_cells(row) for row in rows]
+    kept = [i for i, name in enumerate(HEADER) if name == "" or any(line[i] for line in cells)]
+    lines = [[line[i] for i in kept] for line in cells]
+    return _text.table([HEADER[i] for i in kept], lines, left=sum(i < 4 for i in kept))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what was not measured is null."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def as_json(machine: dict[str, Any], rows: Iterable[Row], gates: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return everything as plain objects: the schema of ``--json``."""
+    return {
+        "schema": SCHEMA,
+        "machine": machine,
+        "rows": [{key: _plain(value) for key, value in dataclasses.asdict(row).items()} for row in rows],
+        "gates": [{key: _plain(value) for key, value in gate.items()} for gate in gates],
+    }
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write what `as_json` returned."""
+    Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Packed weights in as many distinct copies as no cache holds, and what their product should be."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from .. import affine_dequantize, affine_quantize
+from . import machine
+from .ceilings import ALIGNMENT, aligned
+from .shapes import Shape
+
+CACHE_MULTIPLE = 4
+_ERROR_ROWS, _ERROR_COLUMNS = 2, 256
+
+
+def _bf16_bits(array: np.ndarray) -> np.ndarray:
+    """Float32 as the bits of bfloat16, rounded to nearest even; the values here are finite."""
+    bits = array.view(np.uint32)
+    rounded: np.ndarray = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return rounded
+
+
+def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 as "float32", "float16", or the bits of "bfloat16"."""
+    return _bf16_bits(np.ascontiguousarray(array)) if dtype == "bfloat16" else array.astype(dtype)
+
+
+def as_float64(array: Any, dtype: str) -> np.ndarray:
+    """Values of what `as_dtype` returned."""
+    values = np.asarray(array)
+    if dtype == "bfloat16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    wide: np.ndarray = values.astype(np.float64)
+    return wide
+
+
+class Weights:
+    """A matrix in affine codes, `copies` times in memory, and rows of x for it.
+
+    Parameters
+    ----------
+    shape : Shape
+    bits, group_size : int
+    transpose : bool, default True
+        Whether it is stored as [N, K], for x @ W.T; else as [K, N], for x @ W.
+    cold : bool, default True
+        Whether to make copies that hold `CACHE_MULTIPLE` times the last level of cache (at most a quarter of the free
+        memory); else one.
+    scale_dtype : str, default "float16"
+
+    Attributes
+    ----------
+    nbytes : int
+        Of one copy: codes, scales and biases.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        bits: int,
+        group_size: int = 64,
+        *,
+        transpose: bool = True,
+        cold: bool = True,
+        scale_dtype: str = "float16",
+    ) -> None:
+        self.shape, self.bits, self.group_size, self.transpose = shape, bits, group_size, transpose
+        self.scale_dtype = scale_dtype
+        parts = _packed(shape if transpose else Shape(shape.k, shape.n), bits, group_size, scale_dtype)
+        sizes = [-(-part.nbytes // 64) * 64 for part in parts]
+        self.nbytes = sum(part.nbytes for part in parts)
+        self._slot = -(-sum(sizes) // ALIGNMENT) * ALIGNMENT
+        limit = min(CACHE_MULTIPLE * machine.last_level_cache(), machine.memory() // 4)
+        self.copies = max(2, -(-limit // self._slot)) if cold else 1
+        self._arena = aligned(self._slot * self.copies)
+        self._next = 0
+        self.parts = [self._place(copy, parts, sizes) for copy in range(self.copies)]
+
+    def _place(self, copy: int, parts: tuple[np.ndarray, ...], sizes: list[int]) -> tuple[np.ndarray, ...]:
+        placed, at = [], copy * self._slot
+        for part, size in zip(parts, sizes, strict=True):
+            view = self._arena[at : at + part.nbytes].view(part.dtype).reshape(part.shape)
+            view[...] = part
+            placed.append(view)
+            at += size
+        return tuple(placed)
+
+    def _take(self) -> int:
+        """Return the copy whose turn it is: every one is used once before one is used again."""
+        copy = self._next
+        self._next = (copy + 1) % self.copies
+        return copy
+
+    def next(self) -> tuple[np.ndarray, ...]:
+        """Return codes, scales and biases of the next copy."""
+        return self.parts[self._take()]
+
+    def spans(self, count: int) -> list[np.ndarray]:
+        """Return the memory of the next copies, for a probe to read."""
+        return [
+            self._arena[copy * self._slot : (copy + 1) * self._slot] for copy in (self._take() for _ in range(count))
+        ]
+
+    def distinct(self, copy: int) -> tuple[np.ndarray, ...]:
+        """Return a copy whose content differs from every other's: some libraries hold equal ones once."""
+        return tuple(np.roll(part, copy, axis=0) for part in self.parts[0])
+
+    def dense(self, copy: int = 0) -> np.ndarray:
+        """Return the float32 matrix, as stored, that a copy stands for."""
+        codes, scales, biases = self.distinct(copy)
+        options: dict[str, Any] = {"input_dtype": "bfloat16"} if self.scale_dtype == "bfloat16" else {}
+        w: np.ndarray = affine_dequantize(codes, scales, biases, self.group_size, self.bits, dtype="float32", **options)
+        return w
+
+    def x(self, m: int, dtype: str) -> np.ndarray:
+        """Return m rows of normal numbers, the same for every caller."""
+        rows = np.random.default_rng(7).standard_normal((m, self.shape.k), dtype=np.float32)
+        return as_dtype(rows, dtype)
+
+    def error(self, y: Any, dtype: str, x_dtype: str) -> float:
+        """Return |y - x W| / |x W| (2-norms), against float64 from the stored codes, over a corner of y."""
+        rows = np.asarray(y).reshape(-1, self.shape.n)[:_ERROR_ROWS, :_ERROR_COLUMNS]
+        exact = as_float64(self.x(len(rows), x_dtype), x_dtype) @ self._corner.T
+        return float(np.linalg.norm(as_float64(rows, dtype) - exact) / np.linalg.norm(exact))
+
+    @functools.cached_property
+    def unpacked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes, scales and zero points of the first copy."""
+        w, *stored = self.parts[0]
+        scales, biases = (as_float64(part, self.scale_dtype).astype(np.float32) for part in stored)
+        return _unpack(w, self.bits), scales, np.rint(-biases / scales)
+
+    @functools.cached_property
+    def _corner(self) -> np.ndarray:
+        w, scales, biases = self.parts[0]
+        if self.transpose:
+            w, scales, biases = (part[:_ERROR_COLUMNS] for part in (w, scales, biases))
+        codes = _unpack(w, self.bits).astype(np.float64)
+        wide = codes * np.repeat(as_float64(scales, self.scale_dtype), self.group_size, axis=1)
+        wide += np.repeat(as_float64(biases, self.scale_dtype), self.group_size, axis=1)
+        return wide if self.transpose else np.ascontiguousarray(wide[:, :_ERROR_COLUMNS].T)
+
+
+def _unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes from a stream of bits, lowest first."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+    digits = stream.reshape(*words.shape[:-1], -1, bits)
+    codes: np.ndarray = np.packbits(digits, axis=-1, bitorder="little")[..., 0]
+    return codes
+
+
+def codes_of(weights: Weights, copy: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a distinct copy as other layouts need it: uint8 codes [N, K], float32 scales and zero points [N, groups].
+
+    A weight is (code - zero point) * scale.
+    """
+    codes, scales, zeros = (np.roll(part, copy, axis=0) for part in weights.unpacked)
+    return codes, scales, zeros
+
+
+def _four_digits(values: np.ndarray) -> np.ndarray:
+    """Float32 rounded to four significant bits."""
+    fraction, exponent = np.frexp(values)
+    rounded: np.ndarray = np.ldexp(np.rint(fraction * 16) / 16, exponent).astype(np.float32)
+    return rounded
+
+
+def _pack(stored: Shape, bits: int, group_size: int, scale_dtype: str) -> tuple[np.ndarray, ...]:
+    """Codes, scales and biases of a random matrix [N, K] as stored.
+
+    Scales have four significant bits and biases are -scale times a code: some libraries hold zero points as codes, some
+    hold 16-bit floats, and at 4 bits the matrix is the same, exactly, for all of them. At most 4096 rows are drawn;
+    larger matrices repeat them, which no kernel can tell.
+    """
+    rows = min(stored.n, 4096)
+    w = np.random.default_rng(3).standard_normal((rows, stored.k), dtype=np.float32) * np.float32(0.02)
+    codes, scales, biases = affine_quantize(w, group_size, bits)
+    zeros = np.clip(np.rint(-biases / scales), 0, 2**bits - 1)
+    scales = _four_digits(scales)
+    parts = codes, as_dtype(scales, scale_dtype), as_dtype(-zeros * scales, scale_dtype)
+    times = -(-stored.n // rows)
+    return tuple(np.tile(part, (times, 1))[: stored.n] if times > 1 else part for part in parts)
+
+
+_packed = functools.lru_cache(maxsize=4)(_pack)

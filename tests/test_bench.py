@@ -1,0 +1,480 @@
+"""`python -m quantization bench`: the probes' arithmetic, what is sampled, printed and written. No time is asserted."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import quantization as q
+from conftest import ISAS
+from quantization import _C
+from quantization._bench import (
+    ceilings,
+    clock,
+    elementwise,
+    figures,
+    gates,
+    machine,
+    matmuls,
+    ours,
+    peers,
+    plot,
+    run,
+    sampling,
+    scratch,
+    shapes,
+)
+from quantization._bench import rows as table_rows
+from quantization._bench.shapes import Shape
+from quantization._bench.weights import Weights, as_dtype, as_float64, codes_of
+
+main = importlib.import_module("quantization.__main__").main
+
+HASTE = sampling.Effort(samples=3, seconds=1e-5, longest_call=60.0)
+SMALL_SHAPE = Shape(128, 64)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """Caches so small that copies of weights which they do not hold are few."""
+    monkeypatch.setattr(machine, "caches", lambda: {"L2": 1 << 14, "L3": 1 << 15})
+    monkeypatch.setattr(elementwise, "large", lambda: 1 << 13)
+    matmuls.cached_weights.cache_clear()
+
+
+# ----------------------------------------------------------------------------------------------------------- probes
+
+
+@pytest.fixture(params=ISAS)
+def plan(request):
+    return _C.Plan("quantize", isa=request.param, threads=2)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 1025])
+def test_probes_count_bytes(plan, blocks):
+    """1025 blocks are one more than a piece of work."""
+    size = blocks * ceilings.BLOCK
+    source, target = ceilings.aligned(size), ceilings.aligned(size)
+    assert _C.probe(plan, "read", source, None, 3) == 3 * size
+    for what in ("copy", "stream"):
+        source[:] = np.random.default_rng(blocks).integers(0, 256, size, dtype=np.uint8)
+        target.fill(0)
+        assert _C.probe(plan, what, source, target, 2) == 2 * 2 * size
+        assert np.array_equal(source, target)
+
+
+def test_probes_count_operations(plan):
+    """Work is proportional to the repeats, and a dot has as many lanes as a multiply-add: 4 products each, or 1."""
+    fma, dot = (_C.probe(plan, what, None, None, 1) for what in ("fma", "dot"))
+    for what, one in (("fma", fma), ("dot", dot)):
+        assert one > 0 and one % 2 == 0
+        assert _C.probe(plan, what, None, None, 5) == 5 * one
+    assert dot / fma == (1 if plan.isa == "generic" else 4)
+
+
+def test_every_isa_of_this_build_names_its_dot():
+    for entry in _C.isas():
+        assert entry["dot"] if entry["available"] else entry["dot"] is None or isinstance(entry["dot"], str)
+
+
+BUFFER = np.zeros(2048, np.uint8)
+BASE = -BUFFER.ctypes.data % 64
+SOURCE, TARGET = BUFFER[BASE : BASE + 512], BUFFER[BASE + 512 : BASE + 1024]
+
+
+@pytest.mark.parametrize(
+    ("what", "source", "target", "repeats", "error", "words"),
+    [
+        ("sing", SOURCE, None, 1, ValueError, "what must be 'read' or 'copy'"),
+        (3, SOURCE, None, 1, TypeError, "what must be a string"),
+        ("read", None, None, 1, TypeError, "source must offer the buffer protocol, got NoneType"),
+        ("read", [1], None, 1, TypeError, "source must offer the buffer protocol, got list"),
+        ("read", SOURCE[:100], None, 1, ValueError, "source must hold a multiple of 256 bytes, got 100"),
+        ("read", SOURCE[:0], None, 1, ValueError, "source must hold a multiple of 256 bytes, got 0"),
+        ("read", SOURCE, TARGET, 1, ValueError, "target must be None"),
+        ("fma", SOURCE, None, 1, ValueError, "source must be None"),
+        ("copy", SOURCE, None, 1, TypeError, "target must offer the buffer protocol"),
+        ("copy", SOURCE, TARGET[:256], 1, ValueError, "target must be as long as source, 512 bytes, got 256"),
+        ("stream", SOURCE, BUFFER[BASE + 513 : BASE + 1025], 1, ValueError, "multiple of 64"),
+        ("stream", SOURCE, BUFFER[BASE + 256 : BASE + 768], 1, ValueError, "shares memory"),
+        ("copy", SOURCE, SOURCE, 1, ValueError, "shares memory"),
+        ("copy", SOURCE, bytes(512), 1, BufferError, "."),
+        ("read", BUFFER[::2][:256], None, 1, (BufferError, ValueError), "."),
+        ("read", SOURCE, None, 0, ValueError, "repeats must be a positive integer, got 0"),
+        ("read", SOURCE, None, -1, ValueError, "repeats must be a positive integer"),
+        ("read", SOURCE, None, None, TypeError, "repeats must be a positive integer"),
+        ("read", SOURCE, None, 1.5, TypeError, "repeats must be an integer"),
+        ("read", SOURCE, None, 10**30, ValueError, "repeats is out of range"),
+    ],
+)
+def test_probes_refuse(what, source, target, repeats, error, words):
+    with pytest.raises(error, match=words):
+        _C.probe(_C.Plan("quantize"), what, source, target, repeats)
+
+
+def test_probes_want_a_plan():
+    with pytest.raises(TypeError, match="the first argument must be a Plan"):
+        _C.probe("avx2", "fma", None, None, 1)
+    with pytest.raises(TypeError, match="probe takes 5"):
+        _C.probe(_C.Plan("quantize"), "fma")
+    assert _C.probe(_C.Plan("affine_qmv"), "fma", None, None, 1) > 0  # of any operation
+
+
+# ---------------------------------------------------------------------------------------------------- shapes, weights
+
+
+def test_shapes_by_name_and_by_size():
+    assert shapes.parse("512x64,Square,512x64") == (Shape(512, 64), Shape(4096, 4096))
+    assert Shape(14336, 4096) in shapes.parse("llama-3.1-8b") and Shape(4096, 14336) in shapes.parse("llama-3.1-8b")
+    for wrong in ("gpt-9", "4096", "0x64", "4x4x4", "", "-1x64"):
+        with pytest.raises(ValueError, match="no shape"):
+            shapes.parse(wrong)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_other_layouts_get_the_same_matrix_exactly(scale_dtype, transpose):
+    """Codes less zero points have 5 bits and scales 4: their product is exact in float32."""
+    weights = Weights(SMALL_SHAPE, 4, transpose=transpose, scale_dtype=scale_dtype)
+    assert weights.copies > 1
+    for copy in range(2):
+        codes, scales, zeros = codes_of(weights, copy)
+        assert zeros.min() >= 0 and zeros.max() <= 15
+        dense = (codes - np.repeat(zeros, 64, axis=1)) * np.repeat(scales, 64, axis=1)
+        assert np.array_equal(dense, weights.dense(copy))
+    assert not np.array_equal(weights.dense(0), weights.dense(1))
+
+
+def test_copies_take_turns_and_share_no_memory():
+    weights = Weights(SMALL_SHAPE, 4)
+    assert weights.copies * weights.nbytes >= machine.last_level_cache()
+    firsts = [weights.next()[0].ctypes.data for _ in range(weights.copies)]
+    assert len(set(firsts)) == weights.copies
+    spans = weights.spans(weights.copies)
+    for first, span, parts in zip(firsts, spans, weights.parts, strict=True):
+        begin, end = span.ctypes.data, span.ctypes.data + span.nbytes
+        assert first == begin and span.nbytes % ceilings.BLOCK == 0
+        assert all(begin <= part.ctypes.data and part.ctypes.data + part.nbytes <= end for part in parts)
+    assert sum(part.nbytes for part in weights.parts[0]) == weights.nbytes
+    assert Weights(SMALL_SHAPE, 4, cold=False).copies == 1
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_errors_are_those_of_float64(transpose):
+    """Rounding to float32 moves each element by at most 2^-24 of itself, and so the norm by no more."""
+    weights = Weights(SMALL_SHAPE, 4, transpose=transpose)
+    dense = weights.dense().astype(np.float64)
+    exact = as_float64(weights.x(3, "float32"), "float32") @ (dense.T if transpose else dense)
+    assert weights.error(exact.astype(np.float32), "float32", "float32") <= 2.0**-24
+    assert weights.error(exact * 1.25, "float32", "float32") == pytest.approx(0.25, rel=1e-12)
+
+
+def test_bfloat16_bits():
+    """Against the definition: the nearest multiple of 2^-7 of the power of two below, ties to even."""
+    x = np.float32([1.0, 1.00390625, 1.01171875, -2.71875, 1e-3])
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    expected = np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+    assert np.array_equal(as_float64(as_dtype(x, "bfloat16"), "bfloat16"), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def script(monkeypatch, samples):
+    """Let the clock show these samples, whatever is called."""
+    left = iter(samples)
+
+    def timed(call):
+        call()
+        return next(left)
+
+    monkeypatch.setattr(clock, "timed", timed)
+    monkeypatch.setattr(clock, "working_threads", lambda call: [])
+
+
+def scripted(pairs, share=1.0):
+    calibration = [clock.Sample(1.0, 1.0)] * 2
+    return calibration + [clock.Sample(seconds, share) for pair in pairs for seconds in pair]
+
+
+TEN_OPERATIONS = sampling.Work(lambda count: None, 10.0)
+CEILING = ceilings.Ceiling("roof", lambda count: 40.0 * count, "GB/s")
+SECOND = sampling.Effort(samples=3, seconds=1.0, longest_call=2.0)
+
+
+def test_ratios_are_taken_pair_by_pair(monkeypatch):
+    pairs = [(1.0, 1.0), (2.0, 2.0), (1.0, 2.0)]
+    script(monkeypatch, scripted(pairs))
+    result = sampling.measure(TEN_OPERATIONS, CEILING, SECOND)
+    ratios = [(10 / ours) / (40 / theirs) for ours, theirs in pairs]
+    assert result.ratio == statistics.median(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    assert result.spread == (high - low) / 2
+    assert (result.seconds, result.samples, result.retries) == (1.0, 3, 0)
+    assert (result.unit, result.ceiling_name) == ("GB/s", "roof")
+
+
+def test_disturbed_samples_are_taken_again(monkeypatch):
+    disturbed = [clock.Sample(9.0, 0.5), clock.Sample(1.0, 1.0)]
+    script(monkeypatch, scripted([]) + disturbed + scripted([(1.0, 1.0)] * 3)[2:])
+    result = sampling.measure(TEN_OPERATIONS, CEILING, SECOND)
+    assert (result.ratio, result.retries, result.share) == (0.25, 1, 1.0)
+
+
+def test_disturbance_without_end_is_told(monkeypatch):
+    script(monkeypatch, scripted([(1.0, 1.0)] * 6, share=0.6))
+    result = sampling.measure(TEN_OPERATIONS, CEILING, SECOND)
+    assert (result.samples, result.retries, result.share) == (3, 3, 0.6)
+
+
+def test_calls_that_take_too_long(monkeypatch):
+    script(monkeypatch, [clock.Sample(2.5, 1.0)])
+    with pytest.raises(sampling.TooSlowError, match=r"a call takes 2\.5 s"):
+        sampling.measure(TEN_OPERATIONS, CEILING, SECOND)
+
+
+def test_share_of_the_worst_thread():
+    """Of 1000 ns, one thread waited 100, one that hardly ran waited 500, and one that is new waited 20."""
+    before = {1: (5000, 40), 2: (700, 50)}
+    after = {1: (5900, 140), 2: (710, 550), 3: (980, 20)}
+    assert clock._least_share(before, after, 1000) == pytest.approx(0.9)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are pinned on Linux only")
+def test_pinning_ends():
+    before = os.sched_getaffinity(0)
+    with clock.pinned(lambda: sum(range(200000))):
+        assert len(os.sched_getaffinity(0)) == 1 or clock.working_threads(lambda: None) == []
+    assert os.sched_getaffinity(0) == before
+
+
+def test_the_own_thread_comes_first():
+    assert clock.working_threads(lambda: sum(range(100000)))[:1] in ([threading.get_native_id()], [])
+
+
+# ------------------------------------------------------------------------------------------------------------- gates
+
+
+def test_gates_have_figures_and_names_of_their_own():
+    keys = [(gate.name, gate.isa, gate.threads) for gate in gates.GATES]
+    assert len(set(keys)) == len(keys)
+    known = {entry["name"] for entry in _C.isas()} | {""}
+    for gate in gates.GATES:
+        assert gate.figure in figures.FIGURES and gate.isa in known
+        assert gate.must is None or gate.stretch is None or (gate.must >= gate.stretch) == gate.lower
+
+
+@pytest.mark.parametrize(
+    ("lower", "figure", "said"),
+    [(False, 0.88, "ok"), (False, 0.87, "MISSED"), (True, 0.88, "ok"), (True, 0.89, "MISSED")],
+)
+def test_verdicts(lower, figure, said):
+    gate = gates.Gate("g", "roof", "", 1, None, 0.88, None, lower)
+    assert gates.verdict(gate, figure) == said
+    assert gates.verdict(gate._replace(must=None), figure) == "no gate"
+
+
+GATE = gates.Gate("g", "roof", "", 1, gates.Product(), 0.88, 0.95)
+
+
+def test_why_a_gate_has_no_figure(monkeypatch):
+    assert figures.take(GATE._replace(isa="pdp11"), HASTE)["verdict"] == "not measured: CPU lacks it"
+    assert figures.take(GATE._replace(threads=4097), HASTE)["verdict"].startswith("not measured: only ")
+    monkeypatch.setattr(ours, "missing", lambda variant: "not there")
+    assert figures.take(GATE, HASTE)["verdict"] == "not measured: not there"
+
+
+PLAIN = sampling.Measurement(1e-3, 3.0, 4.0, 0.75, 0.01, 3, 0, 1.0, "GB/s", "read")
+
+
+def stub_figures(monkeypatch, measurement):
+    monkeypatch.setattr(figures, "FIGURES", dict.fromkeys(figures.FIGURES, lambda gate, isa, effort: measurement))
+
+
+def test_every_gate_is_printed(monkeypatch, capsys, tmp_path):
+    stub_figures(monkeypatch, PLAIN)
+    file = tmp_path / "gates.json"
+    assert main(["bench", "--gates", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split(" | ") for line in printed.splitlines() if " | " in line]
+    assert [cell.strip() for cell in lines[0]][:7] == [
+        "gate", "ISA", "threads", "figure", "must", "stretch", "verdict"
+    ]  # fmt: skip
+    assert [line[0].strip() for line in lines[2:]] == [gate.name for gate in gates.GATES]
+    written = json.loads(file.read_text())["gates"]
+    assert len(written) == len(gates.GATES)
+    for gate, line in zip(gates.GATES, written, strict=True):
+        assert line["must"] == gate.must and line["figure"] in (0.75, None)
+        assert (line["figure"] is None) == line["verdict"].startswith("not measured: ")
+
+
+def test_strict_is_about_missed_gates(monkeypatch, capsys):
+    only = ["bench", "--gates", "--only", "NT copy"]
+    stub_figures(monkeypatch, PLAIN)
+    assert main(only) == 0 and "MISSED" in capsys.readouterr().out
+    assert main([*only, "--strict"]) == 1
+    stub_figures(monkeypatch, dataclasses.replace(PLAIN, ratio=0.9))
+    assert main([*only, "--strict"]) == 0
+
+
+SMALL_GATES = [
+    gate._replace(product=gate.product._replace(shape=SMALL_SHAPE, m=min(gate.product.m, 3)))
+    for gate in {gate.figure: gate for gate in gates.GATES if gate.product}.values()
+    if gate.figure != "scratch"
+] + [gate for gate in gates.GATES if not gate.product]
+
+
+@pytest.mark.parametrize("gate", SMALL_GATES, ids=lambda gate: f"{gate.name} {gate.threads}")
+def test_figures_of_small_products(gate):
+    """Each way to take a figure runs, and gives a positive number."""
+    gate = gate._replace(isa="", threads=1)
+    try:
+        result = figures.FIGURES[gate.figure](gate, ISAS[0], HASTE)
+    except figures.NotMeasuredError as error:
+        pytest.skip(str(error))
+    assert result.ratio > 0 and math.isfinite(result.ratio)
+
+
+GROWTH = "import numpy as np; from quantization._bench.scratch import growth; print(growth(lambda: np.ones({}, 'u1')))"
+
+
+def test_growth_is_what_a_call_takes():
+    """Whatever this process holds; Linux counts up to 64 pages of 4 KiB (or 64 KiB) late, hence the slack."""
+    held = np.ones(256 << 20, np.uint8)
+    slack = 64 * os.sysconf("SC_PAGE_SIZE") + (1 << 20)
+    for size in (32 << 20, 1):
+        done = subprocess.run([sys.executable, "-c", GROWTH.format(size)], capture_output=True, text=True, check=True)
+        assert abs(int(done.stdout) - size) <= slack
+    assert held.nbytes == 256 << 20
+
+
+def test_scratch_of_a_product():
+    """At least the planes of one row, three digits of a byte for an element, less what is counted late."""
+    assert scratch.take(ISAS[0], 1, 8, 1 << 20, 8) >= 3 * (1 << 20) - 64 * os.sysconf("SC_PAGE_SIZE")
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(run.Options, "effort", property(lambda self: HASTE))
+
+
+ARGUMENTS = ["bench", "--shapes", "128x64", "--rows", "1,3", "--threads", "1", "--peers", ""]
+
+
+def test_tables_and_json(hasty, capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    assert main([*ARGUMENTS, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    for title in ("ceilings", "matmul", "quantize, dequantize, convert, fake quantize", "small calls"):
+        assert f"\n{title}\n" in printed
+    for block in printed.split("\n\n"):
+        bars = {tuple(i for i, c in enumerate(line) if c == "|") for line in block.splitlines() if " | " in line}
+        longest = max(bars, key=len, default=())
+        assert all(found == longest[: len(found)] for found in bars), block
+    content = json.loads(file.read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert content["schema"] == table_rows.SCHEMA and content["gates"] == []
+    assert {"cpu", "cpus", "caches", "isas", "versions"} <= set(content["machine"])
+    names = [field.name for field in dataclasses.fields(table_rows.Row)]
+    for row in content["rows"]:
+        assert list(row) == names
+        assert row["note"] or (row["seconds"] > 0 and row["ratio"] > 0 and row["samples"] > 0)
+    classes = {row["accuracy"] for row in content["rows"] if row["section"] == "matmul"}
+    assert {"exact f32", "exact, bfloat16 x", "int8 activations"} <= classes
+
+
+def test_reading_bounds_few_rows_and_arithmetic_many():
+    weights = Weights(SMALL_SHAPE, 4)
+    for m in (1, 2, 3, 512):
+        ceiling, amount = matmuls.figure_of(weights, m, ISAS[0], 1)
+        assert ceiling.name == ("read" if m <= 2 else "fma")
+        assert amount == (weights.nbytes if m <= 2 else 2 * m * 128 * 64)
+
+
+def test_numbers_of_the_command_line(capsys):
+    for wrong in ("0", "1,x", "-1", ""):
+        with pytest.raises(SystemExit):
+            main(["bench", "--rows", wrong])
+    assert main(["bench", "--shapes", "nothing"]) == 2
+    assert "no shape 'nothing'" in capsys.readouterr().err
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = table_rows.Row("matmul", "quantization", "affine_qmv", "exact f32", "avx2", 1, "64x64", 4, 1, "cold")
+    rows = [row.with_measurement(PLAIN), dataclasses.replace(row, m=8).with_measurement(PLAIN), row.with_note("none")]
+    plot.draw(tmp_path / "a.png", rows)
+    plot.draw(tmp_path / "none.svg", [])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------- peers
+
+# Unit roundoffs of what a class keeps: float32; bfloat16; a level of 127 by half a step, relative to the largest of a
+# block. A product's error is below (k + 3) of them on |x| |W|: products and sums, rounding of x and of y.
+ROUNDOFFS = {"exact f32": 2.0**-24, "bf16": 2.0**-8}
+
+
+@pytest.mark.parametrize("peer", [peer for peer in peers.MATMUL if peer.accuracy in ROUNDOFFS], ids=lambda p: p.name)
+def test_peers_multiply_by_the_same_matrix(peer):
+    if why := peer.missing():
+        pytest.skip(why)
+    weights = Weights(SMALL_SHAPE, 4)
+    weights.copies = 2
+    y = peer.prepare(weights, 1)(3)(1)
+    x, dense = as_float64(weights.x(3, peer.dtype), peer.dtype), weights.dense().astype(np.float64)
+    bound = np.linalg.norm(np.abs(x) @ np.abs(dense).T) / np.linalg.norm(x @ dense.T)
+    assert weights.error(y, "float32", peer.dtype) <= (64 + 3) * ROUNDOFFS[peer.accuracy] * bound
+
+
+@pytest.mark.parametrize("codec", peers.CODECS, ids=lambda c: c.name)
+def test_codecs_of_peers_run(codec):
+    if why := codec.missing():
+        pytest.skip(why)
+    quantize, dequantize, nbytes = codec.prepare(np.ones((2, 256), np.float32))
+    quantize(), dequantize()
+    assert 0 < nbytes < 2 * 256 * 4
+
+
+def test_what_is_not_installed_is_a_row_that_says_so():
+    peer = dataclasses.replace(peers.MATMUL[0], modules=("no_such_module",))
+    (row,) = matmuls.peer_rows(peer, SMALL_SHAPE, 4, ISAS[0], 1, (1, 2), HASTE)
+    assert row.note == "no_such_module is not installed"
+
+
+# ------------------------------------------------------------------------------------------------------------ machine
+
+
+@pytest.mark.parametrize(
+    ("features", "core"),
+    [("AVX2, FMA, AVX512F", "SkylakeX"), ("AVX2, FMA", "Haswell"), ("", None)],
+)
+def test_openblas_is_told_what_the_cpu_can_do(monkeypatch, features, core):
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(_C, "cpu_features", lambda: features)
+    assert machine.blas_environment().get("OPENBLAS_CORETYPE") == core
+    restarted = []
+    monkeypatch.setattr(machine.os, "execve", lambda *arguments: restarted.append(arguments))
+    machine.restart_with_blas_environment()
+    assert len(restarted) == (core is not None)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
+    assert machine.blas_environment() == {}
+
+
+def test_the_environment_chooses_what_is_measured(monkeypatch):
+    monkeypatch.delenv("QUANTIZATION_ISA", raising=False)
+    assert machine.default_isa() == machine.isas()[0] == run.Options().isa
+    monkeypatch.setenv("QUANTIZATION_ISA", "generic")
+    assert machine.default_isa() == "generic"
+    assert q.get_num_threads() == machine.describe()["threads"]
