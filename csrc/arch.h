@@ -30,4 +30,12 @@
 #define QZ_TARGET_END QZ_PRAGMA(GCC pop_options)
 #endif
 
+#define QZ_INLINE static inline __attribute__((always_inline))
+
+#ifdef __clang__
+#define QZ_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define QZ_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 #endif

@@ -2,20 +2,14 @@
 #include <float.h>
 #include <math.h>
 
+#include "../arch.h"
 #include "../kernels.h"
 
-#define QZ_INLINE static inline __attribute__((always_inline))
 #define QZ_JOIN_(a, b) a##_##b
 #define QZ_JOIN(a, b) QZ_JOIN_(a, b)
 #define QZ_NAME(name) QZ_JOIN(name, QZ_ISA_NAME)
 #define QZ_TEXT_(text) #text
 #define QZ_TEXT(text) QZ_TEXT_(text)
-
-#ifdef __clang__
-#define QZ_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define QZ_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 /* Tells the compiler of a precondition, so that it leaves out the code for its contrary. */
 #define QZ_ASSUME(condition) ((condition) ? (void)0 : __builtin_unreachable())

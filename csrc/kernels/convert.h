@@ -13,7 +13,8 @@ QZ_INLINE v_i32 bf16_bits(v_f32 v) {
     return select_i32(greater_i32(magnitude, set1_i32(0x7f800000)), quiet, rounded);
 }
 
-static float load_one(const char *from, qz_type type) {
+/* Inline with a constant type, so that no loop asks for it again. */
+QZ_INLINE float load_one(const char *from, qz_type type) {
     uint16_t half;
     double wide;
     float single;
@@ -25,7 +26,7 @@ static float load_one(const char *from, qz_type type) {
     }
 }
 
-static void store_one(char *to, qz_type type, float value) {
+QZ_INLINE void store_one(char *to, qz_type type, float value) {
     uint16_t half = type == QZ_F16 ? qz_f16_from_f32(value) : qz_bf16_from_f32(value);
     if (type == QZ_F32) {
         memcpy(to, &value, sizeof value);
@@ -34,34 +35,67 @@ static void store_one(char *to, qz_type type, float value) {
     }
 }
 
+QZ_INLINE void load_each(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i++) to[i] = load_one(from + i * stride, type);
+}
+
+QZ_INLINE void store_each(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i++) store_one(to + i * stride, type, from[i]);
+}
+
 /* Not inline: clang would copy this, vectorized for every type, into each of the matmul kernels. */
 static __attribute__((noinline)) void QZ_NAME(load)(float *to, const char *from, ptrdiff_t stride, qz_type type,
                                                     ptrdiff_t count) {
     const uint16_t *half = (const uint16_t *)from;
     ptrdiff_t i = 0;
-    if (type == QZ_F32 && stride == 4) {
-        memcpy(to, from, (size_t)count * 4);
+    switch (type) {
+    case QZ_F16:
+        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_f16(half + i));
+        load_each(to + i, from + i * stride, stride, QZ_F16, count - i);
         return;
+    case QZ_BF16:
+        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_bf16(half + i));
+        load_each(to + i, from + i * stride, stride, QZ_BF16, count - i);
+        return;
+    case QZ_F64: load_each(to, from, stride, QZ_F64, count); return;
+    default:
+        if (stride == 4) {
+            memcpy(to, from, (size_t)count * 4);
+        } else {
+            load_each(to, from, stride, QZ_F32, count);
+        }
     }
-    if (type == QZ_F16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_f16(half + i));
-    } else if (type == QZ_BF16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_bf16(half + i));
-    }
-    for (; i < count; i++) to[i] = load_one(from + i * stride, type);
 }
 
 static void QZ_NAME(store)(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count) {
     uint16_t *half = (uint16_t *)to;
     ptrdiff_t i = 0;
-    if (type == QZ_F32 && stride == 4) {
-        memcpy(to, from, (size_t)count * 4);
+    switch (type) {
+    case QZ_F16:
+        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f16_from_f32(half + i, load_f32(from + i));
+        store_each(to + i * stride, stride, QZ_F16, from + i, count - i);
         return;
+    case QZ_BF16:
+        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) {
+            store_low_u16(half + i, bf16_bits(load_f32(from + i)));
+        }
+        store_each(to + i * stride, stride, QZ_BF16, from + i, count - i);
+        return;
+    default:
+        if (stride == 4) {
+            memcpy(to, from, (size_t)count * 4);
+        } else {
+            store_each(to, stride, QZ_F32, from, count);
+        }
     }
-    if (type == QZ_F16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_f16_from_f32(half + i, load_f32(from + i));
-    } else if (type == QZ_BF16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_low_u16(half + i, bf16_bits(load_f32(from + i)));
-    }
-    for (; i < count; i++) store_one(to + i * stride, type, from[i]);
+}
+
+/* Copies past the caches. A streaming store wants alignment: the bytes before it, and the last few, are stored as
+ * usual. The caller owes a stream_end(). */
+QZ_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t count) {
+    const ptrdiff_t vector = sizeof(v_f32), before = (ptrdiff_t)(-(uintptr_t)to & (uintptr_t)(vector - 1));
+    ptrdiff_t i = before < count ? before : count;
+    memcpy(to, from, (size_t)i);
+    for (; i + vector <= count; i += vector) stream_f32((float *)(to + i), load_f32((const float *)(from + i)));
+    memcpy(to + i, from + i, (size_t)(count - i));
 }

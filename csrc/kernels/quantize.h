@@ -7,103 +7,246 @@
  *
  * The profiles differ in two points. "cpu" rounds ties to even. "metal" rounds ties away from zero, and its hi is at
  * least 0, so that an all-negative group is spread over [lo, 0]. Groups with infinities, and those of NaN alone, follow
- * "cpu" in both: NaN is ignored by the range and gets code 0. */
+ * "cpu" in both: NaN is ignored by the range and gets code 0.
+ *
+ * QZ_LANES groups form a batch: their ranges are worked out side by side, one in each lane. */
 
-typedef struct affine_range {
-    float scale, bias;
-} affine_range;
+/* ---- quantize ---- */
 
-QZ_INLINE float round_step(float value, int profile) {
-    return profile == QZ_PROFILE_METAL ? roundf(value) : rintf(value);
+QZ_INLINE v_i32 magnitude_of(v_f32 v) { return and_i32(bits_of_f32(v), set1_i32(0x7fffffff)); }
+
+/* NaNs made by x86 and Arm differ in sign: results carry this one. */
+QZ_INLINE v_f32 canonical_nan(v_f32 v) {
+    v_i32 is_nan = greater_i32(magnitude_of(v), set1_i32(0x7f800000));
+    return f32_of_bits(select_i32(is_nan, set1_i32(0x7fc00000), bits_of_f32(v)));
 }
 
-static affine_range affine_range_of(float lo, float hi, int bits, int profile) {
-    const float steps = (float)((1 << bits) - 1), smallest = 1e-7f;
-    if (profile == QZ_PROFILE_METAL && hi < 0.0f && hi >= -FLT_MAX) hi = 0.0f;
-    float scale = (hi - lo) / steps;
-    if (!(scale > smallest)) scale = smallest;
-    float edge = hi;
-    if (fabsf(lo) > fabsf(hi)) {
-        edge = lo;
+/* roundf ("metal") or rintf of any float, but for the sign of a zero. From 2^23 on, floats are integers. Below, half
+ * away from zero is as in fake_quantize.h (in [2^22, 2^23), where a half is one ulp, v + h rounds to v or v + 1/2); and
+ * adding 2^23 leaves no room for a fraction. */
+QZ_INLINE v_f32 round_any(v_f32 v, int profile) {
+    const v_i32 sign = and_i32(bits_of_f32(v), set1_i32(INT32_MIN));
+    const v_i32 whole = greater_i32(magnitude_of(v), set1_i32(0x4affffff));
+    const v_f32 inside = f32_of_bits(select_i32(whole, sign, bits_of_f32(v)));
+    const float with = profile == QZ_PROFILE_METAL ? 0x1.fffffep-2f : 0x1p23f;
+    const v_f32 shift = f32_of_bits(or_i32(sign, bits_of_f32(set1_f32(with))));
+    v_f32 rounded = add_f32(inside, shift);
+    rounded = profile == QZ_PROFILE_METAL ? trunc_f32(rounded) : sub_f32(rounded, shift);
+    return f32_of_bits(select_i32(whole, bits_of_f32(v), bits_of_f32(rounded)));
+}
+
+/* What encoding needs to know of each group of a batch. */
+typedef struct affine_ranges {
+    float scale[QZ_LANES], bias[QZ_LANES];
+    float minus_scale[QZ_LANES], reciprocal[QZ_LANES];
+    int is_tame; /* 1 where steps_of may be used on every group */
+} affine_ranges;
+
+QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, int bits, int profile) {
+    const v_f32 zero = set1_f32(0.0f), one = set1_f32(1.0f);
+    const v_i32 sign = set1_i32(INT32_MIN);
+    if (profile == QZ_PROFILE_METAL) {
+        v_i32 infinite = greater_i32(magnitude_of(hi), set1_i32(0x7f7fffff));
+        hi = f32_of_bits(select_i32(infinite, bits_of_f32(hi), bits_of_f32(max_f32(hi, zero))));
+    }
+    v_f32 scale = div_f32(sub_f32(hi, lo), set1_f32((float)((1 << bits) - 1)));
+    scale = max_f32(scale, set1_f32(1e-7f));
+    v_i32 low_edge = greater_i32(magnitude_of(lo), magnitude_of(hi)); /* floats that are not NaN sort by their bits */
+    scale = f32_of_bits(select_i32(low_edge, bits_of_f32(scale), xor_i32(bits_of_f32(scale), sign)));
+    v_f32 edge = f32_of_bits(select_i32(low_edge, bits_of_f32(lo), bits_of_f32(hi)));
+    v_f32 code = round_any(div_f32(edge, scale), profile);
+    v_i32 stretched = greater_i32(magnitude_of(code), set1_i32(0));
+    v_f32 divisor = f32_of_bits(select_i32(stretched, bits_of_f32(code), bits_of_f32(one)));
+    v_f32 quotient = canonical_nan(div_f32(edge, divisor));
+    scale = f32_of_bits(select_i32(stretched, bits_of_f32(quotient), bits_of_f32(scale)));
+    store_f32(r->scale, scale);
+    store_f32(r->bias, f32_of_bits(and_i32(stretched, bits_of_f32(edge))));
+    store_f32(r->minus_scale, f32_of_bits(xor_i32(bits_of_f32(scale), sign)));
+    store_f32(r->reciprocal, div_f32(one, scale));
+    r->is_tame = !any_i32(greater_i32(magnitude_of(scale), bits_of_f32(set1_f32(0x1p100f))));
+}
+
+/* Lanes beyond `groups` repeat the first group. */
+QZ_INLINE void affine_measure(affine_ranges *r, const float *w, ptrdiff_t groups, ptrdiff_t size, int bits,
+                              int profile) {
+    v_f32 los[QZ_LANES], his[QZ_LANES];
+    for (ptrdiff_t g = 0; g < QZ_LANES; g++) {
+        const float *from = w + (g < groups ? g * size : 0);
+        v_f32 lo = set1_f32(INFINITY), hi = set1_f32(-INFINITY);
+        for (ptrdiff_t i = 0; i < size; i += QZ_LANES) {
+            v_f32 v = load_f32(from + i);
+            lo = min_f32(v, lo); /* NaN in v leaves the second operand */
+            hi = max_f32(v, hi);
+        }
+        los[g] = lo;
+        his[g] = hi;
+    }
+    affine_ranges_of(r, least_of_each(los), greatest_of_each(his), bits, profile);
+}
+
+#if QZ_FUSED
+/* v / scale by way of the scale's reciprocal, with the same code as the quotient of a division.
+ *
+ * Let Q = v / scale, q = v * reciprocal and e = v - q * scale, each rounded; the result is q + e * reciprocal, rounded
+ * once. With u = 2^-24: |q - Q| < 1.5 ulp(Q), since the reciprocal is off by half an ulp and the product by another.
+ * e is exact, or off by half a unit in its 25th bit, and the reciprocal by u relatively, so that what is rounded last
+ * differs from Q by less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a midpoint of two floats
+ * lies within 4u ulp(Q) of Q; and its code is the quotient's unless that is one of the two midpoints next to k + 1/2
+ * for a code k. For a midpoint m, of 25 bits, |Q - m| = |v - m * scale| / |scale| is a multiple of u/2 ulp(Q) or more,
+ * so that few pairs of 24-bit significands come so close: tests/test_quantize.py finds and tries them all, and the
+ * result is the quotient for each.
+ *
+ * Powers of two change nothing as long as nothing under- or overflows. The scale is at least 1e-7 / 2 in magnitude;
+ * where it is at most 2^100, all elements are finite and |v| <= (2^bits + 1) |scale|. So no operation overflows, and e
+ * underflows only where Q is far below 1/2. NaN stays NaN. */
+QZ_INLINE v_f32 steps_of(v_f32 v, v_f32 minus_scale, v_f32 reciprocal) {
+    v_f32 q = mul_f32(v, reciprocal);
+    return fused_f32(fused_f32(q, minus_scale, v), reciprocal, q);
+}
+
+/* Steps of tame groups, NaN apart, lie in [-1/2, 2^bits + 1): they need no clamping before they are bytes. */
+QZ_INLINE v_i32 encode_tame(const float *w, const affine_ranges *r, ptrdiff_t group, int profile) {
+    v_f32 v = sub_f32(load_f32(w), set1_f32(r->bias[group]));
+    return round_steps(steps_of(v, set1_f32(r->minus_scale[group]), set1_f32(r->reciprocal[group])), profile);
+}
+#endif
+
+QZ_INLINE v_i32 encode_vector(const float *w, const affine_ranges *r, ptrdiff_t group, int bits, int profile,
+                              int is_tame) {
+#if QZ_FUSED
+    if (is_tame) return encode_tame(w, r, group, profile);
+#endif
+    (void)is_tame;
+    v_f32 v = sub_f32(load_f32(w), set1_f32(r->bias[group]));
+    return encode_uint(div_f32(v, set1_f32(r->scale[group])), bits, profile);
+}
+
+/* The codes of `count` elements, whole vectors of bytes. `apart` is QZ_LANES where a vector of bytes may hold elements
+ * of several groups, else 0. */
+QZ_INLINE void affine_encode(uint8_t *packed, const float *w, ptrdiff_t count, ptrdiff_t size, const affine_ranges *r,
+                             int bits, int profile, int is_tame, int apart) {
+    const int shift = __builtin_ctzll((unsigned long long)size);
+    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
+        v_i32 v[4];
+        QZ_UNROLL
+        for (int j = 0; j < 4; j++) {
+            v[j] = encode_vector(w + i + j * QZ_LANES, r, (i + j * apart) >> shift, bits, profile, is_tame);
+        }
+        v_bytes codes = bytes_from_i32(v[0], v[1], v[2], v[3]);
+        if (is_tame && bits < 8) codes = min_bytes(codes, (1 << bits) - 1);
+        store_packed(packed + i / 8 * bits, codes, bits);
+    }
+}
+
+/* The groups from `first` on, at most QZ_LANES: `count` elements, whole vectors of bytes, stand at w. */
+QZ_INLINE void quantize_batch(const qz_quantize_job *job, ptrdiff_t first, ptrdiff_t groups, const float *w,
+                              ptrdiff_t count, int bits, int profile) {
+    const ptrdiff_t size = job->group_size;
+    uint8_t *packed = job->packed + first * size / 8 * bits;
+    affine_ranges ranges;
+    affine_measure(&ranges, w, groups, size, bits, profile);
+    if (!QZ_FUSED || !ranges.is_tame) {
+        affine_encode(packed, w, count, size, &ranges, bits, profile, 0, QZ_LANES);
+    } else if (size < QZ_BYTES) {
+        affine_encode(packed, w, count, size, &ranges, bits, profile, 1, QZ_LANES);
     } else {
-        scale = -scale;
+        affine_encode(packed, w, count, size, &ranges, bits, profile, 1, 0);
     }
-    float code = round_step(edge / scale, profile);
-    if (code == 0.0f) return (affine_range){scale, 0.0f};
-    scale = edge / code;
-    return (affine_range){scale == scale ? scale : qz_float_of(0x7fc00000u), edge};
-}
-
-QZ_INLINE affine_range affine_measure(const float *w, ptrdiff_t count, int bits, int profile) {
-    v_f32 lo = set1_f32(INFINITY), hi = set1_f32(-INFINITY);
-    float los[QZ_LANES], his[QZ_LANES];
-    for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        lo = min_f32(load_f32(w + i), lo); /* NaN in w leaves the second operand */
-        hi = max_f32(load_f32(w + i), hi);
-    }
-    store_f32(los, lo);
-    store_f32(his, hi);
-    for (int i = 1; i < QZ_LANES; i++) {
-        los[0] = los[i] < los[0] ? los[i] : los[0];
-        his[0] = his[i] > his[0] ? his[i] : his[0];
-    }
-    return affine_range_of(los[0], his[0], bits, profile);
-}
-
-QZ_INLINE void affine_encode(uint8_t *codes, const float *w, ptrdiff_t count, affine_range range, int bits,
-                             int profile) {
-    v_f32 scale = set1_f32(range.scale), bias = set1_f32(range.bias);
-    for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        v_f32 steps = div_f32(sub_f32(load_f32(w + i), bias), scale);
-        store_low_u8(codes + i, encode_uint(steps, bits, profile));
-    }
+    memcpy(job->scales + first, ranges.scale, (size_t)groups * sizeof *ranges.scale);
+    memcpy(job->biases + first, ranges.bias, (size_t)groups * sizeof *ranges.bias);
 }
 
 QZ_INLINE void quantize_affine(const qz_quantize_job *job, int bits, int profile) {
     const ptrdiff_t size = job->group_size;
-    uint8_t codes[QZ_MAX_GROUP];
-    for (ptrdiff_t group = 0; group < job->groups; group++) {
-        const float *w = job->w + group * size;
-        affine_range range = affine_measure(w, size, bits, profile);
-        affine_encode(codes, w, size, range, bits, profile);
-        pack_bits(job->packed + group * (size * bits / 8), codes, bits, size);
-        job->scales[group] = range.scale;
-        job->biases[group] = range.bias;
+    for (ptrdiff_t first = 0; first < job->groups; first += QZ_LANES) {
+        const float *w = job->w + first * size;
+        const ptrdiff_t left = job->groups - first, groups = left < QZ_LANES ? left : QZ_LANES;
+        ptrdiff_t count = groups * size;
+        float padded[QZ_LANES * QZ_BYTES / 2]; /* only groups shorter than a vector of bytes leave a part of it */
+        if (count % QZ_BYTES != 0) {
+            memset(padded, 0, sizeof padded);
+            w = memcpy(padded, w, (size_t)count * sizeof *w);
+            count += QZ_BYTES - count % QZ_BYTES;
+        }
+        quantize_batch(job, first, groups, w, count, bits, profile);
     }
 }
 
+/* ---- dequantize ---- */
+
+/* Elements decoded at a time: codes and results stay in L1. */
+enum { DECODED = 2048 };
+
 QZ_INLINE v_f32 round_to_type(v_f32 v, qz_type type) {
-    uint16_t half[QZ_LANES];
-    if (type == QZ_F16) {
-        store_f16_from_f32(half, v);
-        return f32_from_f16(half);
-    }
+    if (type == QZ_F16) return round_to_f16(v);
     return type == QZ_BF16 ? f32_of_bits(shl_i32(bf16_bits(v), 16)) : v;
+}
+
+QZ_INLINE void store_element(char *to, ptrdiff_t i, qz_type type, v_f32 v) {
+    if (type == QZ_F32) {
+        store_f32((float *)to + i, v);
+    } else if (type == QZ_F16) {
+        store_f16_from_f32((uint16_t *)to + i, v);
+    } else {
+        store_low_u16((uint16_t *)to + i, bf16_bits(v));
+    }
 }
 
 /* A float32 sum of two float16 (or bfloat16) values, rounded again to that type, is the type's own sum: float32 has
  * more than twice its precision and two bits. */
-QZ_INLINE void dequantize_group(float *w, const uint8_t *codes, ptrdiff_t count, float scale, float bias,
-                                qz_type type) {
-    v_f32 s = set1_f32(scale), b = set1_f32(bias);
+QZ_INLINE void decode_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
+                            qz_type type, int is_finite) {
+    const v_f32 s = set1_f32(scale), b = set1_f32(bias);
     for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        v_f32 product = round_to_type(mul_f32(decode_uint(codes + i), s), type);
-        store_f32(w + i, round_to_type(add_f32(product, b), type));
+        v_f32 product = round_to_type(mul_f32(decode_uint(codes + i), s), products);
+        v_f32 w = round_to_type(add_f32(product, b), products);
+        store_element(to, i, type, is_finite ? w : canonical_nan(w));
     }
 }
 
-QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
-    const ptrdiff_t size = job->group_size;
-    uint8_t codes[QZ_MAX_GROUP];
-    for (ptrdiff_t group = 0; group < job->groups; group++) {
-        unpack_bits(codes, job->packed + group * (size * bits / 8), bits, size);
-        float *w = job->w + group * size, s = job->scales[group], b = job->biases[group];
-        if (job->round_products_to == QZ_F32) {
-            dequantize_group(w, codes, size, s, b, QZ_F32);
-        } else {
-            dequantize_group(w, codes, size, s, b, job->round_products_to);
-        }
+/* The groups from `first` on: codes to results, by the types of both roundings. */
+QZ_INLINE void decode_groups(const qz_dequantize_job *job, char *to, const uint8_t *codes, ptrdiff_t first,
+                             ptrdiff_t groups, qz_type products, qz_type type) {
+    const ptrdiff_t size = job->group_size, step = size * (type == QZ_F32 ? 4 : 2);
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        const float s = job->scales[first + g], b = job->biases[first + g];
         /* Finite scales and biases make no NaN, even where s * q overflows. */
-        if (!isfinite(s) || !isfinite(b)) make_nan_canonical(w, size);
+        if (isfinite(s) && isfinite(b)) {
+            decode_group(to + g * step, codes + g * size, size, s, b, products, type, 1);
+        } else {
+            decode_group(to + g * step, codes + g * size, size, s, b, products, type, 0);
+        }
     }
+}
+
+/* Not inline: it is the same for all formats whose codes stand for themselves. */
+static __attribute__((noinline)) void QZ_NAME(decode)(const qz_dequantize_job *job, char *to, const uint8_t *codes,
+                                                      ptrdiff_t first, ptrdiff_t groups) {
+#define QZ_DECODE(products)                                                                \
+    switch (job->w_type) {                                                                 \
+    case QZ_F16: decode_groups(job, to, codes, first, groups, products, QZ_F16); return;   \
+    case QZ_BF16: decode_groups(job, to, codes, first, groups, products, QZ_BF16); return; \
+    default: decode_groups(job, to, codes, first, groups, products, QZ_F32); return;       \
+    }
+    switch (job->round_products_to) {
+    case QZ_F16: QZ_DECODE(QZ_F16)
+    case QZ_BF16: QZ_DECODE(QZ_BF16)
+    default: QZ_DECODE(QZ_F32)
+    }
+#undef QZ_DECODE
+}
+
+QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
+    const ptrdiff_t size = job->group_size, most = DECODED / size;
+    const ptrdiff_t element = job->w_type == QZ_F32 ? 4 : 2;
+    uint8_t codes[DECODED];
+    char staged[DECODED * sizeof(float)];
+    for (ptrdiff_t first = 0; first < job->groups; first += most) {
+        const ptrdiff_t left = job->groups - first, groups = left < most ? left : most;
+        char *w = job->w + first * size * element;
+        unpack_bits(codes, job->packed + first * size / 8 * bits, bits, groups * size);
+        QZ_NAME(decode)(job, job->stream ? staged : w, codes, first, groups);
+        if (job->stream) stream_bytes(w, staged, groups * size * element);
+    }
+    if (job->stream) stream_end();
 }
