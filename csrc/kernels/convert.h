@@ -5,12 +5,17 @@ QZ_INLINE v_f32 f32_from_bf16(const uint16_t *from) {
     return f32_of_bits(shl_i32(low, 16));
 }
 
-QZ_INLINE v_i32 bf16_bits(v_f32 v) {
+/* bfloat16 of what is not NaN, in the upper halves; the lower halves hold a rest of the rounding. */
+QZ_INLINE v_i32 bf16_rounded(v_f32 v) {
+    v_i32 bits = bits_of_f32(v), odd = and_i32(shr_u32(bits, 16), set1_i32(1));
+    return add_i32(add_i32(bits, set1_i32(0x7fff)), odd);
+}
+
+/* The same of any float. */
+QZ_INLINE v_i32 bf16_of_any(v_f32 v) {
     v_i32 bits = bits_of_f32(v), magnitude = and_i32(bits, set1_i32(0x7fffffff));
-    v_i32 odd = and_i32(shr_u32(bits, 16), set1_i32(1));
-    v_i32 rounded = shr_u32(add_i32(bits, add_i32(odd, set1_i32(0x7fff))), 16);
-    v_i32 quiet = or_i32(shr_u32(bits, 16), set1_i32(0x40));
-    return select_i32(greater_i32(magnitude, set1_i32(0x7f800000)), quiet, rounded);
+    v_i32 quiet = or_i32(bits, set1_i32(0x400000));
+    return select_i32(greater_i32(magnitude, set1_i32(0x7f800000)), quiet, bf16_rounded(v));
 }
 
 /* Inline with a constant type, so that no loop asks for it again. */
@@ -33,6 +38,11 @@ QZ_INLINE void store_one(char *to, qz_type type, float value) {
     } else {
         memcpy(to, &half, sizeof half);
     }
+}
+
+QZ_INLINE float round_one(float value, qz_type type) {
+    if (type == QZ_F16) return qz_f32_from_f16(qz_f16_from_f32(value));
+    return type == QZ_BF16 ? qz_f32_from_bf16(qz_bf16_from_f32(value)) : value;
 }
 
 QZ_INLINE void load_each(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
@@ -76,8 +86,8 @@ static void QZ_NAME(store)(char *to, ptrdiff_t stride, qz_type type, const float
         store_each(to + i * stride, stride, QZ_F16, from + i, count - i);
         return;
     case QZ_BF16:
-        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) {
-            store_low_u16(half + i, bf16_bits(load_f32(from + i)));
+        for (; stride == 2 && i + 2 * QZ_LANES <= count; i += 2 * QZ_LANES) {
+            store_high_u16(half + i, bf16_of_any(load_f32(from + i)), bf16_of_any(load_f32(from + i + QZ_LANES)));
         }
         store_each(to + i * stride, stride, QZ_BF16, from + i, count - i);
         return;

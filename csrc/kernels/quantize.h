@@ -42,14 +42,14 @@ typedef struct affine_ranges {
     int is_tame; /* 1 where steps_of may be used on every group */
 } affine_ranges;
 
-QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, int bits, int profile) {
+QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, float steps, int profile) {
     const v_f32 zero = set1_f32(0.0f), one = set1_f32(1.0f);
     const v_i32 sign = set1_i32(INT32_MIN);
     if (profile == QZ_PROFILE_METAL) {
         v_i32 infinite = greater_i32(magnitude_of(hi), set1_i32(0x7f7fffff));
         hi = f32_of_bits(select_i32(infinite, bits_of_f32(hi), bits_of_f32(max_f32(hi, zero))));
     }
-    v_f32 scale = div_f32(sub_f32(hi, lo), set1_f32((float)((1 << bits) - 1)));
+    v_f32 scale = div_f32(sub_f32(hi, lo), set1_f32(steps));
     scale = max_f32(scale, set1_f32(1e-7f));
     v_i32 low_edge = greater_i32(magnitude_of(lo), magnitude_of(hi)); /* floats that are not NaN sort by their bits */
     scale = f32_of_bits(select_i32(low_edge, bits_of_f32(scale), xor_i32(bits_of_f32(scale), sign)));
@@ -66,29 +66,64 @@ QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, int bits, 
     r->is_tame = !any_i32(greater_i32(magnitude_of(scale), bits_of_f32(set1_f32(0x1p100f))));
 }
 
-/* Lanes beyond `groups` repeat the first group. */
-QZ_INLINE void affine_measure(affine_ranges *r, const float *w, ptrdiff_t groups, ptrdiff_t size, int bits,
-                              int profile) {
+/* Up to QZ_LANES groups and their ranges; `count` elements, whole vectors of bytes, stand at w. */
+typedef struct affine_batch {
+    const float *w;
+    ptrdiff_t first, groups, count;
+    affine_ranges ranges;
+    float padded[QZ_LANES * QZ_BYTES / 2]; /* a copy of w where it ends within a vector of bytes: groups are short */
+} affine_batch;
+
+/* The least and the greatest element of each group, NaN ignored. Lanes beyond `groups` repeat the first group. */
+QZ_INLINE void measure_groups(v_f32 *lo, v_f32 *hi, const float *w, ptrdiff_t groups, ptrdiff_t size) {
     v_f32 los[QZ_LANES], his[QZ_LANES];
     for (ptrdiff_t g = 0; g < QZ_LANES; g++) {
         const float *from = w + (g < groups ? g * size : 0);
-        v_f32 lo = set1_f32(INFINITY), hi = set1_f32(-INFINITY);
+        los[g] = set1_f32(INFINITY);
+        his[g] = set1_f32(-INFINITY);
+        QZ_UNROLL
         for (ptrdiff_t i = 0; i < size; i += QZ_LANES) {
             v_f32 v = load_f32(from + i);
-            lo = min_f32(v, lo); /* NaN in v leaves the second operand */
-            hi = max_f32(v, hi);
+            los[g] = min_f32(v, los[g]); /* NaN in v leaves the second operand */
+            his[g] = max_f32(v, his[g]);
         }
-        los[g] = lo;
-        his[g] = hi;
     }
-    affine_ranges_of(r, least_of_each(los), greatest_of_each(his), bits, profile);
+    *lo = least_of_each(los);
+    *hi = greatest_of_each(his);
+}
+
+/* Not inline: it is the same for all widths. */
+static __attribute__((noinline)) void QZ_NAME(measure_batch)(affine_batch *b, const qz_quantize_job *job,
+                                                             ptrdiff_t first, float steps, int profile) {
+    const ptrdiff_t size = job->group_size, left = job->groups - first;
+    v_f32 lo, hi;
+    b->first = first;
+    b->groups = left < QZ_LANES ? left : QZ_LANES;
+    b->count = b->groups * size;
+    b->w = job->w + first * size;
+    if (b->count % QZ_BYTES != 0) {
+        memset(b->padded, 0, sizeof b->padded);
+        b->w = memcpy(b->padded, b->w, (size_t)b->count * sizeof *b->w);
+        b->count += QZ_BYTES - b->count % QZ_BYTES;
+    }
+    switch (size) {
+    case 32: measure_groups(&lo, &hi, b->w, b->groups, 32); break;
+    case 64: measure_groups(&lo, &hi, b->w, b->groups, 64); break;
+    case 128: measure_groups(&lo, &hi, b->w, b->groups, 128); break;
+    default: measure_groups(&lo, &hi, b->w, b->groups, size);
+    }
+    if (profile == QZ_PROFILE_METAL) {
+        affine_ranges_of(&b->ranges, lo, hi, steps, QZ_PROFILE_METAL);
+    } else {
+        affine_ranges_of(&b->ranges, lo, hi, steps, QZ_PROFILE_CPU);
+    }
 }
 
 #if QZ_FUSED
 /* v / scale by way of the scale's reciprocal, with the same code as the quotient of a division.
  *
  * Let Q = v / scale, q = v * reciprocal and e = v - q * scale, each rounded; the result is q + e * reciprocal, rounded
- * once. With u = 2^-24: |q - Q| < 1.5 ulp(Q), since the reciprocal is off by half an ulp and the product by another.
+ * once. With u = 2^-24: |q - Q| < 1.5 ulp(Q), of which the reciprocal's error makes at most 1 and the product's 0.5.
  * e is exact, or off by half a unit in its 25th bit, and the reciprocal by u relatively, so that what is rounded last
  * differs from Q by less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a midpoint of two floats
  * lies within 4u ulp(Q) of Q; and its code is the quotient's unless that is one of the two midpoints next to k + 1/2
@@ -138,37 +173,33 @@ QZ_INLINE void affine_encode(uint8_t *packed, const float *w, ptrdiff_t count, p
     }
 }
 
-/* The groups from `first` on, at most QZ_LANES: `count` elements, whole vectors of bytes, stand at w. */
-QZ_INLINE void quantize_batch(const qz_quantize_job *job, ptrdiff_t first, ptrdiff_t groups, const float *w,
-                              ptrdiff_t count, int bits, int profile) {
+QZ_INLINE void encode_batch(const affine_batch *b, const qz_quantize_job *job, int bits, int profile) {
     const ptrdiff_t size = job->group_size;
-    uint8_t *packed = job->packed + first * size / 8 * bits;
-    affine_ranges ranges;
-    affine_measure(&ranges, w, groups, size, bits, profile);
-    if (!QZ_FUSED || !ranges.is_tame) {
-        affine_encode(packed, w, count, size, &ranges, bits, profile, 0, QZ_LANES);
+    uint8_t *packed = job->packed + b->first * size / 8 * bits;
+    if (!QZ_FUSED || !b->ranges.is_tame) {
+        affine_encode(packed, b->w, b->count, size, &b->ranges, bits, profile, 0, QZ_LANES);
     } else if (size < QZ_BYTES) {
-        affine_encode(packed, w, count, size, &ranges, bits, profile, 1, QZ_LANES);
+        affine_encode(packed, b->w, b->count, size, &b->ranges, bits, profile, 1, QZ_LANES);
     } else {
-        affine_encode(packed, w, count, size, &ranges, bits, profile, 1, 0);
+        affine_encode(packed, b->w, b->count, size, &b->ranges, bits, profile, 1, 0);
     }
-    memcpy(job->scales + first, ranges.scale, (size_t)groups * sizeof *ranges.scale);
-    memcpy(job->biases + first, ranges.bias, (size_t)groups * sizeof *ranges.bias);
+    if (b->groups == QZ_LANES) {
+        store_f32(job->scales + b->first, load_f32(b->ranges.scale));
+        store_f32(job->biases + b->first, load_f32(b->ranges.bias));
+    } else {
+        memcpy(job->scales + b->first, b->ranges.scale, (size_t)b->groups * sizeof *b->ranges.scale);
+        memcpy(job->biases + b->first, b->ranges.bias, (size_t)b->groups * sizeof *b->ranges.bias);
+    }
 }
 
+/* A batch is measured before the one before it is encoded: the chain of divisions that makes a range takes long, and
+ * the processor can encode meanwhile. */
 QZ_INLINE void quantize_affine(const qz_quantize_job *job, int bits, int profile) {
-    const ptrdiff_t size = job->group_size;
-    for (ptrdiff_t first = 0; first < job->groups; first += QZ_LANES) {
-        const float *w = job->w + first * size;
-        const ptrdiff_t left = job->groups - first, groups = left < QZ_LANES ? left : QZ_LANES;
-        ptrdiff_t count = groups * size;
-        float padded[QZ_LANES * QZ_BYTES / 2]; /* only groups shorter than a vector of bytes leave a part of it */
-        if (count % QZ_BYTES != 0) {
-            memset(padded, 0, sizeof padded);
-            w = memcpy(padded, w, (size_t)count * sizeof *w);
-            count += QZ_BYTES - count % QZ_BYTES;
-        }
-        quantize_batch(job, first, groups, w, count, bits, profile);
+    const float steps = (float)((1 << bits) - 1);
+    affine_batch batches[2];
+    for (ptrdiff_t i = 0, first = 0; first < job->groups + QZ_LANES; i++, first += QZ_LANES) {
+        if (first < job->groups) QZ_NAME(measure_batch)(&batches[i % 2], job, first, steps, profile);
+        if (i > 0) encode_batch(&batches[(i + 1) % 2], job, bits, profile);
     }
 }
 
@@ -177,63 +208,99 @@ QZ_INLINE void quantize_affine(const qz_quantize_job *job, int bits, int profile
 /* Elements decoded at a time: codes and results stay in L1. */
 enum { DECODED = 2048 };
 
+/* Rounded to the type, and back in float32. Not for NaN. */
 QZ_INLINE v_f32 round_to_type(v_f32 v, qz_type type) {
     if (type == QZ_F16) return round_to_f16(v);
-    return type == QZ_BF16 ? f32_of_bits(shl_i32(bf16_bits(v), 16)) : v;
+    return type == QZ_BF16 ? f32_of_bits(and_i32(bf16_rounded(v), set1_i32(INT32_MIN >> 15))) : v;
 }
 
-QZ_INLINE void store_element(char *to, ptrdiff_t i, qz_type type, v_f32 v) {
+/* Two vectors of results, not NaN. */
+QZ_INLINE void store_results(char *to, ptrdiff_t i, qz_type type, v_f32 a, v_f32 b) {
     if (type == QZ_F32) {
-        store_f32((float *)to + i, v);
+        store_f32((float *)to + i, a);
+        store_f32((float *)to + i + QZ_LANES, b);
     } else if (type == QZ_F16) {
-        store_f16_from_f32((uint16_t *)to + i, v);
+        store_f16_from_f32((uint16_t *)to + i, a);
+        store_f16_from_f32((uint16_t *)to + i + QZ_LANES, b);
     } else {
-        store_low_u16((uint16_t *)to + i, bf16_bits(v));
+        store_high_u16((uint16_t *)to + i, bf16_rounded(a), bf16_rounded(b));
     }
 }
 
 /* A float32 sum of two float16 (or bfloat16) values, rounded again to that type, is the type's own sum: float32 has
  * more than twice its precision and two bits. */
+QZ_INLINE v_f32 decode_vector(const uint8_t *codes, v_f32 s, v_f32 b, qz_type products) {
+    return add_f32(round_to_type(mul_f32(decode_uint(codes), s), products), b);
+}
+
+/* Finite scales and biases make no NaN, even where s * q overflows. */
 QZ_INLINE void decode_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
-                            qz_type type, int is_finite) {
+                            qz_type type) {
     const v_f32 s = set1_f32(scale), b = set1_f32(bias);
-    for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        v_f32 product = round_to_type(mul_f32(decode_uint(codes + i), s), products);
-        v_f32 w = round_to_type(add_f32(product, b), products);
-        store_element(to, i, type, is_finite ? w : canonical_nan(w));
+    for (ptrdiff_t i = 0; i < count; i += 2 * QZ_LANES) {
+        v_f32 low = decode_vector(codes + i, s, b, products);
+        v_f32 high = decode_vector(codes + i + QZ_LANES, s, b, products);
+        if (products != type) { /* else the stores round */
+            low = round_to_type(low, products);
+            high = round_to_type(high, products);
+        }
+        store_results(to, i, type, low, high);
+    }
+}
+
+/* Where there are no more than 16 results, of 16 bits each, they are decoded once and looked up. */
+QZ_INLINE void look_up_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
+                             qz_type type) {
+    static const uint8_t every_code[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    uint16_t results[32];
+    decode_group((char *)results, every_code, 2 * QZ_LANES < 16 ? 16 : 2 * QZ_LANES, scale, bias, products, type);
+    const v_table table = load_table(results);
+    for (ptrdiff_t i = 0; i < count; i += 32) look_up_32((uint16_t *)to + i, codes + i, table);
+}
+
+/* The same one by one, for scales and biases that may make NaN, and for groups shorter than two vectors. */
+static __attribute__((noinline)) void QZ_NAME(decode_each)(char *to, const uint8_t *codes, ptrdiff_t count, float scale,
+                                                           float bias, qz_type products, qz_type type) {
+    for (ptrdiff_t i = 0; i < count; i++) {
+        float w = round_one((float)codes[i] * scale, products) + bias;
+        w = round_one(w, products);
+        store_one(to + i * (type == QZ_F32 ? 4 : 2), type, w == w ? w : qz_float_of(0x7fc00000u));
     }
 }
 
 /* The groups from `first` on: codes to results, by the types of both roundings. */
 QZ_INLINE void decode_groups(const qz_dequantize_job *job, char *to, const uint8_t *codes, ptrdiff_t first,
-                             ptrdiff_t groups, qz_type products, qz_type type) {
+                             ptrdiff_t groups, int bits, qz_type products, qz_type type) {
     const ptrdiff_t size = job->group_size, step = size * (type == QZ_F32 ? 4 : 2);
     for (ptrdiff_t g = 0; g < groups; g++) {
         const float s = job->scales[first + g], b = job->biases[first + g];
-        /* Finite scales and biases make no NaN, even where s * q overflows. */
-        if (isfinite(s) && isfinite(b)) {
-            decode_group(to + g * step, codes + g * size, size, s, b, products, type, 1);
+        if (!isfinite(s) || !isfinite(b) || size % 32 != 0) {
+            QZ_NAME(decode_each)(to + g * step, codes + g * size, size, s, b, products, type);
+        } else if (type != QZ_F32 && bits <= 4 && size >= 64) { /* a table costs as much as some 30 elements */
+            look_up_group(to + g * step, codes + g * size, size, s, b, products, type);
         } else {
-            decode_group(to + g * step, codes + g * size, size, s, b, products, type, 0);
+            decode_group(to + g * step, codes + g * size, size, s, b, products, type);
         }
+    }
+}
+
+QZ_INLINE void decode_as(const qz_dequantize_job *job, char *to, const uint8_t *codes, ptrdiff_t first,
+                         ptrdiff_t groups, int bits, qz_type type) {
+    switch (job->round_products_to) {
+    case QZ_F16: decode_groups(job, to, codes, first, groups, bits, QZ_F16, type); return;
+    case QZ_BF16: decode_groups(job, to, codes, first, groups, bits, QZ_BF16, type); return;
+    default: decode_groups(job, to, codes, first, groups, bits, QZ_F32, type); return;
     }
 }
 
 /* Not inline: it is the same for all formats whose codes stand for themselves. */
 static __attribute__((noinline)) void QZ_NAME(decode)(const qz_dequantize_job *job, char *to, const uint8_t *codes,
-                                                      ptrdiff_t first, ptrdiff_t groups) {
-#define QZ_DECODE(products)                                                                \
-    switch (job->w_type) {                                                                 \
-    case QZ_F16: decode_groups(job, to, codes, first, groups, products, QZ_F16); return;   \
-    case QZ_BF16: decode_groups(job, to, codes, first, groups, products, QZ_BF16); return; \
-    default: decode_groups(job, to, codes, first, groups, products, QZ_F32); return;       \
+                                                      ptrdiff_t first, ptrdiff_t groups, int bits) {
+    switch (job->w_type) {
+    case QZ_F16: decode_as(job, to, codes, first, groups, bits, QZ_F16); return;
+    case QZ_BF16: decode_as(job, to, codes, first, groups, bits, QZ_BF16); return;
+    default: decode_as(job, to, codes, first, groups, bits, QZ_F32); return;
     }
-    switch (job->round_products_to) {
-    case QZ_F16: QZ_DECODE(QZ_F16)
-    case QZ_BF16: QZ_DECODE(QZ_BF16)
-    default: QZ_DECODE(QZ_F32)
-    }
-#undef QZ_DECODE
 }
 
 QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
@@ -245,7 +312,7 @@ QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
         const ptrdiff_t left = job->groups - first, groups = left < most ? left : most;
         char *w = job->w + first * size * element;
         unpack_bits(codes, job->packed + first * size / 8 * bits, bits, groups * size);
-        QZ_NAME(decode)(job, job->stream ? staged : w, codes, first, groups);
+        QZ_NAME(decode)(job, job->stream ? staged : w, codes, first, groups, bits);
         if (job->stream) stream_bytes(w, staged, groups * size * element);
     }
     if (job->stream) stream_end();

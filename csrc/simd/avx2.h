@@ -57,11 +57,6 @@ static inline v_i32 i32_from_u8(const uint8_t *from) {
 static inline v_i32 i32_from_u16(const uint16_t *from) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
 }
-static inline void store_low_u16(uint16_t *to, v_i32 v) {
-    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0xd8);
-    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(v));
-}
 static inline void store_low_u8(uint8_t *to, v_i32 v) {
     const __m256i low_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
                                                -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -140,7 +135,11 @@ static inline __m256i fetch_16_codes(__m256i bytes, int bits, int step) {
 static inline __m256i unpack_32_codes(const uint8_t *packed, int bits) {
     __m256i bytes;
     if (bits == 8) return _mm256_loadu_si256((const __m256i *)packed);
-    if (bits >= 4) {
+    if (bits == 4) {
+        __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)packed));
+        return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    }
+    if (bits > 4) {
         bytes = _mm256_loadu2_m128i((const __m128i *)(packed + 4 * bits - 16), (const __m128i *)packed);
     } else {
         /* By way of registers: 16 bytes cannot be loaded before the shorter stores they come from are done. */
@@ -187,7 +186,32 @@ static inline int any_i32(v_i32 mask) { return _mm256_movemask_epi8(mask) != 0; 
 QZ_REDUCE_EACH(least, _mm256_min_ps)
 QZ_REDUCE_EACH(greatest, _mm256_max_ps)
 
+static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
+    __m256i high = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(high, 0xd8));
+}
+
 static inline v_f32 round_to_f16(v_f32 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+/* The lower and the upper bytes of 16 entries, each in both halves. */
+typedef struct v_table {
+    __m256i low, high;
+} v_table;
+static inline v_table load_table(const uint16_t *entries) {
+    /* In halves: the entries may just have been stored in halves, and a load cannot take its bytes from two stores. */
+    const __m128i *halves = (const __m128i *)entries;
+    const __m256i all = _mm256_loadu2_m128i(halves + 1, halves);
+    const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(all, 8);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+    return (v_table){_mm256_permute4x64_epi64(bytes, 0x44), _mm256_permute4x64_epi64(bytes, 0xee)};
+}
+static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
+    /* The unpacking below takes eight codes out of each half. */
+    __m256i v = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)codes), 0xd8);
+    __m256i low = _mm256_shuffle_epi8(table.low, v), high = _mm256_shuffle_epi8(table.high, v);
+    _mm256_storeu_si256((__m256i *)to, _mm256_unpacklo_epi8(low, high));
+    _mm256_storeu_si256((__m256i *)(to + 16), _mm256_unpackhi_epi8(low, high));
+}
 
 static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
     __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));

@@ -60,9 +60,6 @@ static inline v_i32 i32_from_u16(const uint16_t *from) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
 }
 static inline void store_low_u8(uint8_t *to, v_i32 v) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(v)); }
-static inline void store_low_u16(uint16_t *to, v_i32 v) {
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(v));
-}
 static inline v_f32 f32_from_f16(const uint16_t *from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 }
@@ -152,7 +149,21 @@ static inline int any_i32(v_i32 mask) { return _mm512_test_epi32_mask(mask, mask
 QZ_REDUCE_EACH(least, _mm512_min_ps)
 QZ_REDUCE_EACH(greatest, _mm512_max_ps)
 
+static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)));
+    _mm256_storeu_si256((__m256i *)(to + QZ_LANES), _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)));
+}
+
 static inline v_f32 round_to_f16(v_f32 v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+typedef __m512i v_table;
+static inline v_table load_table(const uint16_t *entries) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)entries));
+}
+static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
+    __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(v, table));
+}
 
 static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

@@ -77,10 +77,6 @@ static inline void store_low_u8(uint8_t *to, v_i32 v) {
     for (int i = 0; i < QZ_LANES; i++) to[i] = (uint8_t)v[i];
 }
 /* Arrays of 16-bit floats may stand at odd addresses: plain accesses to them would be undefined. */
-static inline void store_low_u16(uint16_t *to, v_i32 v) {
-    const uint16_t low[QZ_LANES] = {(uint16_t)v[0], (uint16_t)v[1], (uint16_t)v[2], (uint16_t)v[3]};
-    memcpy(to, low, sizeof low);
-}
 static inline v_i32 i32_from_u16(const uint16_t *from) {
     uint16_t x[QZ_LANES];
     memcpy(x, from, sizeof x);
@@ -124,10 +120,35 @@ static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
     return a;
 }
 
+/* The upper halves of all lanes of a, then of b. */
+static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
+    uint16_t high[2 * QZ_LANES];
+    for (int i = 0; i < QZ_LANES; i++) {
+        high[i] = (uint16_t)((uint32_t)a[i] >> 16);
+        high[QZ_LANES + i] = (uint16_t)((uint32_t)b[i] >> 16);
+    }
+    memcpy(to, high, sizeof high);
+}
+
 static inline v_f32 round_to_f16(v_f32 v) {
     uint16_t half[QZ_LANES];
     store_f16_from_f32(half, v);
     return f32_from_f16(half);
+}
+
+/* A table of 16 entries, and what stands in it at each of 32 codes below 16. */
+typedef struct v_table {
+    uint16_t entries[16];
+} v_table;
+static inline v_table load_table(const uint16_t *entries) {
+    v_table table;
+    memcpy(table.entries, entries, sizeof table.entries);
+    return table;
+}
+static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
+    uint16_t found[32];
+    for (int i = 0; i < 32; i++) found[i] = table.entries[codes[i]];
+    memcpy(to, found, sizeof found);
 }
 
 /* The lanes of a, b, c, d, in this order, as bytes; lanes of -2^31 to 0 give 0, and those from 256 to 2^15 - 1 give

@@ -61,7 +61,6 @@ static inline v_i32 i32_from_u8(const uint8_t *from) {
     uint16x8_t wide = vmovl_u8(vcreate_u8(four));
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
 }
-static inline void store_low_u16(uint16_t *to, v_i32 v) { vst1_u16(to, vmovn_u32(vreinterpretq_u32_s32(v))); }
 static inline void store_low_u8(uint8_t *to, v_i32 v) {
     uint16x4_t halves = vmovn_u32(vreinterpretq_u32_s32(v));
     uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
@@ -167,7 +166,21 @@ static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
     return vpmaxq_f32(vpmaxq_f32(v[0], v[1]), vpmaxq_f32(v[2], v[3]));
 }
 
+static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
+    vst1q_u16(to, vuzp2q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)));
+}
+
 static inline v_f32 round_to_f16(v_f32 v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
+
+typedef uint8x16x2_t v_table;
+static inline v_table load_table(const uint16_t *entries) { return vld2q_u8((const uint8_t *)entries); }
+static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
+    for (int i = 0; i < 32; i += 16) {
+        const uint8x16_t v = vld1q_u8(codes + i);
+        const uint8x16x2_t found = {{vqtbl1q_u8(table.val[0], v), vqtbl1q_u8(table.val[1], v)}};
+        vst2q_u8((uint8_t *)(to + i), found);
+    }
+}
 
 static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
     uint16x8_t low = vqmovun_high_s32(vqmovun_s32(a), b), high = vqmovun_high_s32(vqmovun_s32(c), d);
