@@ -37,7 +37,9 @@ typedef struct qz_matmul_job {
 } qz_matmul_job;
 
 typedef struct qz_quantize_job {
-    const float *w; /* groups * group_size values */
+    const float *w;   /* groups * group_size values */
+    const char *next; /* what will be read after them, for the caches: `step` bytes for each value, which need not */
+    ptrdiff_t step;   /* be there */
     ptrdiff_t groups, group_size;
     uint8_t *packed;        /* with QZ_SPILL bytes of room after the codes */
     float *scales, *biases; /* one a group, unrounded */
@@ -50,7 +52,7 @@ typedef struct qz_dequantize_job {
     qz_type round_products_to; /* profile "cpu": the type in which MLX's CPU multiplies and adds; else QZ_F32 */
     char *w;                   /* contiguous, of any alignment */
     qz_type w_type;            /* QZ_F32, QZ_F16 or QZ_BF16 */
-    int stream;                /* stores bypass the caches */
+    int stream;                /* stores bypass the caches; w is aligned to 16 bytes */
 } qz_dequantize_job;
 
 typedef struct qz_format_kernels {

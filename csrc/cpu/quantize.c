@@ -68,9 +68,11 @@ static void quantize_piece(const quantize_job *j, ptrdiff_t piece) {
     float copy[COPIED], scales[COPIED / MIN_GROUP], biases[COPIED / MIN_GROUP];
     uint8_t packed[COPIED + QZ_SPILL];
     const char *w = span_at(&a->w, &s, j->group_size);
-    qz_quantize_job job = {(const float *)w, s.groups, j->group_size, packed, scales, biases};
-    if (!qz_is_plain(w, qz_last_stride(&a->w), a->w.type)) {
-        j->kernels->load(copy, w, qz_last_stride(&a->w), a->w.type, s.groups * j->group_size);
+    const ptrdiff_t stride = qz_last_stride(&a->w), count = s.groups * j->group_size;
+    const ptrdiff_t step = stride > 0 && stride <= 8 ? stride : 0;
+    qz_quantize_job job = {(const float *)w, w + count * step, step, s.groups, j->group_size, packed, scales, biases};
+    if (!qz_is_plain(w, stride, a->w.type)) {
+        j->kernels->load(copy, w, stride, a->w.type, count);
         job.w = copy;
     }
     j->quantize(&job);
@@ -129,7 +131,7 @@ static void dequantize_in_place(const dequantize_job *j, const span *s) {
     job.packed = (const uint8_t *)words_at(&a->codes, s, j->group_bits);
     job.w = span_at(&a->w, s, j->group_size);
     job.w_type = a->w.type;
-    job.stream = j->stream;
+    job.stream = j->stream && (uintptr_t)job.w % 16 == 0;
     j->dequantize(&job);
 }
 

@@ -87,7 +87,8 @@ static void QZ_NAME(store)(char *to, ptrdiff_t stride, qz_type type, const float
         return;
     case QZ_BF16:
         for (; stride == 2 && i + 2 * QZ_LANES <= count; i += 2 * QZ_LANES) {
-            store_high_u16(half + i, bf16_of_any(load_f32(from + i)), bf16_of_any(load_f32(from + i + QZ_LANES)));
+            const v_f32 low = load_f32(from + i), high = load_f32(from + i + QZ_LANES);
+            store_bytes(half + i, high_u16_of_two(bf16_of_any(low), bf16_of_any(high)));
         }
         store_each(to + i * stride, stride, QZ_BF16, from + i, count - i);
         return;
@@ -98,14 +99,4 @@ static void QZ_NAME(store)(char *to, ptrdiff_t stride, qz_type type, const float
             store_each(to, stride, QZ_F32, from, count);
         }
     }
-}
-
-/* Copies past the caches. A streaming store wants alignment: the bytes before it, and the last few, are stored as
- * usual. The caller owes a stream_end(). */
-QZ_INLINE void stream_bytes(char *to, const char *from, ptrdiff_t count) {
-    const ptrdiff_t vector = sizeof(v_f32), before = (ptrdiff_t)(-(uintptr_t)to & (uintptr_t)(vector - 1));
-    ptrdiff_t i = before < count ? before : count;
-    memcpy(to, from, (size_t)i);
-    for (; i + vector <= count; i += vector) stream_f32((float *)(to + i), load_f32((const float *)(from + i)));
-    memcpy(to + i, from + i, (size_t)(count - i));
 }

@@ -156,13 +156,22 @@ QZ_INLINE v_i32 encode_vector(const float *w, const affine_ranges *r, ptrdiff_t 
     return encode_uint(div_f32(v, set1_f32(r->scale[group])), bits, profile);
 }
 
-/* The codes of `count` elements, whole vectors of bytes. `apart` is QZ_LANES where a vector of bytes may hold elements
- * of several groups, else 0. */
-QZ_INLINE void affine_encode(uint8_t *packed, const float *w, ptrdiff_t count, ptrdiff_t size, const affine_ranges *r,
-                             int bits, int profile, int is_tame, int apart) {
+/* The codes of a batch, whole vectors of bytes. `apart` is QZ_LANES where a vector of bytes may hold elements of
+ * several groups, else 0.
+ *
+ * Encoding reads what measuring has just read: without the prefetches the memory would idle meanwhile, and the
+ * processor wait for it at the next measuring. */
+QZ_INLINE void affine_encode(const affine_batch *b, const qz_quantize_job *job, int bits, int profile, int is_tame,
+                             int apart) {
+    const ptrdiff_t size = job->group_size, step = job->step;
     const int shift = __builtin_ctzll((unsigned long long)size);
-    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
+    const char *next = job->next + b->first * size * step;
+    uint8_t *packed = job->packed + b->first * size / 8 * bits;
+    const affine_ranges *r = &b->ranges;
+    const float *w = b->w;
+    for (ptrdiff_t i = 0; i < b->count; i += QZ_BYTES) {
         v_i32 v[4];
+        for (ptrdiff_t line = 0; line < QZ_BYTES * step; line += 64) prefetch(next + i * step + line);
         QZ_UNROLL
         for (int j = 0; j < 4; j++) {
             v[j] = encode_vector(w + i + j * QZ_LANES, r, (i + j * apart) >> shift, bits, profile, is_tame);
@@ -174,14 +183,12 @@ QZ_INLINE void affine_encode(uint8_t *packed, const float *w, ptrdiff_t count, p
 }
 
 QZ_INLINE void encode_batch(const affine_batch *b, const qz_quantize_job *job, int bits, int profile) {
-    const ptrdiff_t size = job->group_size;
-    uint8_t *packed = job->packed + b->first * size / 8 * bits;
     if (!QZ_FUSED || !b->ranges.is_tame) {
-        affine_encode(packed, b->w, b->count, size, &b->ranges, bits, profile, 0, QZ_LANES);
-    } else if (size < QZ_BYTES) {
-        affine_encode(packed, b->w, b->count, size, &b->ranges, bits, profile, 1, QZ_LANES);
+        affine_encode(b, job, bits, profile, 0, QZ_LANES);
+    } else if (job->group_size < QZ_BYTES) {
+        affine_encode(b, job, bits, profile, 1, QZ_LANES);
     } else {
-        affine_encode(packed, b->w, b->count, size, &b->ranges, bits, profile, 1, 0);
+        affine_encode(b, job, bits, profile, 1, 0);
     }
     if (b->groups == QZ_LANES) {
         store_f32(job->scales + b->first, load_f32(b->ranges.scale));
@@ -214,16 +221,21 @@ QZ_INLINE v_f32 round_to_type(v_f32 v, qz_type type) {
     return type == QZ_BF16 ? f32_of_bits(and_i32(bf16_rounded(v), set1_i32(INT32_MIN >> 15))) : v;
 }
 
-/* Two vectors of results, not NaN. */
-QZ_INLINE void store_results(char *to, ptrdiff_t i, qz_type type, v_f32 a, v_f32 b) {
-    if (type == QZ_F32) {
-        store_f32((float *)to + i, a);
-        store_f32((float *)to + i + QZ_LANES, b);
-    } else if (type == QZ_F16) {
-        store_f16_from_f32((uint16_t *)to + i, a);
-        store_f16_from_f32((uint16_t *)to + i + QZ_LANES, b);
+QZ_INLINE void put(char *to, v_bytes v, int stream) {
+    if (stream) {
+        stream_by_16(to, v);
     } else {
-        store_high_u16((uint16_t *)to + i, bf16_rounded(a), bf16_rounded(b));
+        store_bytes(to, v);
+    }
+}
+
+/* Two vectors of results, not NaN. */
+QZ_INLINE void put_results(char *to, ptrdiff_t i, qz_type type, v_f32 a, v_f32 b, int stream) {
+    if (type == QZ_F32) {
+        put(to + 4 * i, bytes_of_f32(a), stream);
+        put(to + 4 * (i + QZ_LANES), bytes_of_f32(b), stream);
+    } else {
+        put(to + 2 * i, type == QZ_F16 ? f16_of_two(a, b) : high_u16_of_two(bf16_rounded(a), bf16_rounded(b)), stream);
     }
 }
 
@@ -235,7 +247,7 @@ QZ_INLINE v_f32 decode_vector(const uint8_t *codes, v_f32 s, v_f32 b, qz_type pr
 
 /* Finite scales and biases make no NaN, even where s * q overflows. */
 QZ_INLINE void decode_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
-                            qz_type type) {
+                            qz_type type, int stream) {
     const v_f32 s = set1_f32(scale), b = set1_f32(bias);
     for (ptrdiff_t i = 0; i < count; i += 2 * QZ_LANES) {
         v_f32 low = decode_vector(codes + i, s, b, products);
@@ -244,18 +256,23 @@ QZ_INLINE void decode_group(char *to, const uint8_t *codes, ptrdiff_t count, flo
             low = round_to_type(low, products);
             high = round_to_type(high, products);
         }
-        store_results(to, i, type, low, high);
+        put_results(to, i, type, low, high, stream);
     }
 }
 
 /* Where there are no more than 16 results, of 16 bits each, they are decoded once and looked up. */
 QZ_INLINE void look_up_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
-                             qz_type type) {
+                             qz_type type, int stream) {
     static const uint8_t every_code[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     uint16_t results[32];
-    decode_group((char *)results, every_code, 2 * QZ_LANES < 16 ? 16 : 2 * QZ_LANES, scale, bias, products, type);
+    decode_group((char *)results, every_code, 2 * QZ_LANES < 16 ? 16 : 2 * QZ_LANES, scale, bias, products, type, 0);
     const v_table table = load_table(results);
-    for (ptrdiff_t i = 0; i < count; i += 32) look_up_32((uint16_t *)to + i, codes + i, table);
+    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
+        v_bytes found[2];
+        look_up(found, table, codes + i);
+        put(to + 2 * i, found[0], stream);
+        put(to + 2 * i + QZ_BYTES, found[1], stream);
+    }
 }
 
 /* The same one by one, for scales and biases that may make NaN, and for groups shorter than two vectors. */
@@ -268,52 +285,63 @@ static __attribute__((noinline)) void QZ_NAME(decode_each)(char *to, const uint8
     }
 }
 
-/* The groups from `first` on: codes to results, by the types of both roundings. */
-QZ_INLINE void decode_groups(const qz_dequantize_job *job, char *to, const uint8_t *codes, ptrdiff_t first,
-                             ptrdiff_t groups, int bits, qz_type products, qz_type type) {
+/* The groups from `first` on: codes to results, by the types of both roundings. A table of results costs as much as
+ * some 30 of them. */
+QZ_INLINE void decode_groups(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
+                             int bits, qz_type products, qz_type type, int stream) {
     const ptrdiff_t size = job->group_size, step = size * (type == QZ_F32 ? 4 : 2);
     for (ptrdiff_t g = 0; g < groups; g++) {
         const float s = job->scales[first + g], b = job->biases[first + g];
-        if (!isfinite(s) || !isfinite(b) || size % 32 != 0) {
-            QZ_NAME(decode_each)(to + g * step, codes + g * size, size, s, b, products, type);
-        } else if (type != QZ_F32 && bits <= 4 && size >= 64) { /* a table costs as much as some 30 elements */
-            look_up_group(to + g * step, codes + g * size, size, s, b, products, type);
+        char *to = job->w + (first + g) * step;
+        if (!isfinite(s) || !isfinite(b) || size % (2 * QZ_LANES) != 0) {
+            QZ_NAME(decode_each)(to, codes + g * size, size, s, b, products, type);
+        } else if (type != QZ_F32 && bits <= 4 && size >= 64) {
+            look_up_group(to, codes + g * size, size, s, b, products, type, stream);
         } else {
-            decode_group(to + g * step, codes + g * size, size, s, b, products, type);
+            decode_group(to, codes + g * size, size, s, b, products, type, stream);
         }
     }
 }
 
-QZ_INLINE void decode_as(const qz_dequantize_job *job, char *to, const uint8_t *codes, ptrdiff_t first,
-                         ptrdiff_t groups, int bits, qz_type type) {
+QZ_INLINE void decode_products(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
+                               int bits, qz_type type, int stream) {
     switch (job->round_products_to) {
-    case QZ_F16: decode_groups(job, to, codes, first, groups, bits, QZ_F16, type); return;
-    case QZ_BF16: decode_groups(job, to, codes, first, groups, bits, QZ_BF16, type); return;
-    default: decode_groups(job, to, codes, first, groups, bits, QZ_F32, type); return;
+    case QZ_F16: decode_groups(job, codes, first, groups, bits, QZ_F16, type, stream); return;
+    case QZ_BF16: decode_groups(job, codes, first, groups, bits, QZ_BF16, type, stream); return;
+    default: decode_groups(job, codes, first, groups, bits, QZ_F32, type, stream); return;
+    }
+}
+
+QZ_INLINE void decode_to(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
+                         int bits, int stream) {
+    switch (job->w_type) {
+    case QZ_F16: decode_products(job, codes, first, groups, bits, QZ_F16, stream); return;
+    case QZ_BF16: decode_products(job, codes, first, groups, bits, QZ_BF16, stream); return;
+    default: decode_products(job, codes, first, groups, bits, QZ_F32, stream); return;
     }
 }
 
 /* Not inline: it is the same for all formats whose codes stand for themselves. */
-static __attribute__((noinline)) void QZ_NAME(decode)(const qz_dequantize_job *job, char *to, const uint8_t *codes,
+static __attribute__((noinline)) void QZ_NAME(decode)(const qz_dequantize_job *job, const uint8_t *codes,
                                                       ptrdiff_t first, ptrdiff_t groups, int bits) {
-    switch (job->w_type) {
-    case QZ_F16: decode_as(job, to, codes, first, groups, bits, QZ_F16); return;
-    case QZ_BF16: decode_as(job, to, codes, first, groups, bits, QZ_BF16); return;
-    default: decode_as(job, to, codes, first, groups, bits, QZ_F32); return;
+    if (job->stream) {
+        decode_to(job, codes, first, groups, bits, 1);
+    } else {
+        decode_to(job, codes, first, groups, bits, 0);
     }
 }
 
 QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
     const ptrdiff_t size = job->group_size, most = DECODED / size;
-    const ptrdiff_t element = job->w_type == QZ_F32 ? 4 : 2;
     uint8_t codes[DECODED];
-    char staged[DECODED * sizeof(float)];
     for (ptrdiff_t first = 0; first < job->groups; first += most) {
         const ptrdiff_t left = job->groups - first, groups = left < most ? left : most;
-        char *w = job->w + first * size * element;
-        unpack_bits(codes, job->packed + first * size / 8 * bits, bits, groups * size);
-        QZ_NAME(decode)(job, job->stream ? staged : w, codes, first, groups, bits);
-        if (job->stream) stream_bytes(w, staged, groups * size * element);
+        const uint8_t *packed = job->packed + first * size / 8 * bits;
+        unpack_bits(codes, packed, bits, groups * size);
+        for (ptrdiff_t line = 0; line < groups * size / 8 * bits; line += 64) {
+            prefetch(packed + most * size / 8 * bits + line);
+        }
+        QZ_NAME(decode)(job, codes, first, groups, bits);
     }
     if (job->stream) stream_end();
 }

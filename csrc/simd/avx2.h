@@ -186,9 +186,22 @@ static inline int any_i32(v_i32 mask) { return _mm256_movemask_epi8(mask) != 0; 
 QZ_REDUCE_EACH(least, _mm256_min_ps)
 QZ_REDUCE_EACH(greatest, _mm256_max_ps)
 
-static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
+static inline void prefetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return _mm256_castps_si256(v); }
+static inline void store_bytes(void *to, v_bytes v) { _mm256_storeu_si256((__m256i *)to, v); }
+static inline void stream_by_16(void *to, v_bytes v) {
+    _mm_stream_si128((__m128i *)to, _mm256_castsi256_si128(v));
+    _mm_stream_si128((__m128i *)to + 1, _mm256_extracti128_si256(v, 1));
+}
+
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
     __m256i high = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
-    _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(high, 0xd8));
+    return _mm256_permute4x64_epi64(high, 0xd8);
+}
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
 static inline v_f32 round_to_f16(v_f32 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
@@ -198,19 +211,17 @@ typedef struct v_table {
     __m256i low, high;
 } v_table;
 static inline v_table load_table(const uint16_t *entries) {
-    /* In halves: the entries may just have been stored in halves, and a load cannot take its bytes from two stores. */
-    const __m128i *halves = (const __m128i *)entries;
-    const __m256i all = _mm256_loadu2_m128i(halves + 1, halves);
+    const __m256i all = _mm256_loadu_si256((const __m256i *)entries);
     const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(all, 8);
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
     return (v_table){_mm256_permute4x64_epi64(bytes, 0x44), _mm256_permute4x64_epi64(bytes, 0xee)};
 }
-static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
     /* The unpacking below takes eight codes out of each half. */
     __m256i v = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)codes), 0xd8);
     __m256i low = _mm256_shuffle_epi8(table.low, v), high = _mm256_shuffle_epi8(table.high, v);
-    _mm256_storeu_si256((__m256i *)to, _mm256_unpacklo_epi8(low, high));
-    _mm256_storeu_si256((__m256i *)(to + 16), _mm256_unpackhi_epi8(low, high));
+    found[0] = _mm256_unpacklo_epi8(low, high);
+    found[1] = _mm256_unpackhi_epi8(low, high);
 }
 
 static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {

@@ -149,9 +149,26 @@ static inline int any_i32(v_i32 mask) { return _mm512_test_epi32_mask(mask, mask
 QZ_REDUCE_EACH(least, _mm512_min_ps)
 QZ_REDUCE_EACH(greatest, _mm512_max_ps)
 
-static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)));
-    _mm256_storeu_si256((__m256i *)(to + QZ_LANES), _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)));
+static inline void prefetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return _mm512_castps_si512(v); }
+static inline void store_bytes(void *to, v_bytes v) { _mm512_storeu_si512(to, v); }
+static inline void stream_by_16(void *to, v_bytes v) {
+    _mm_stream_si128((__m128i *)to, _mm512_castsi512_si128(v));
+    _mm_stream_si128((__m128i *)to + 1, _mm512_extracti32x4_epi32(v, 1));
+    _mm_stream_si128((__m128i *)to + 2, _mm512_extracti32x4_epi32(v, 2));
+    _mm_stream_si128((__m128i *)to + 3, _mm512_extracti32x4_epi32(v, 3));
+}
+
+static inline v_bytes join_halves(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
+    return join_halves(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)),
+                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)));
+}
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    return join_halves(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
 }
 
 static inline v_f32 round_to_f16(v_f32 v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
@@ -160,9 +177,11 @@ typedef __m512i v_table;
 static inline v_table load_table(const uint16_t *entries) {
     return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)entries));
 }
-static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
-    __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(v, table));
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+    for (int i = 0; i < 2; i++) {
+        const __m256i v = _mm256_loadu_si256((const __m256i *)codes + i);
+        found[i] = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(v), table);
+    }
 }
 
 static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {

@@ -120,14 +120,33 @@ static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
     return a;
 }
 
+/* Asks for a cache line, which need not be there. */
+static inline void prefetch(const void *at) { __builtin_prefetch(at, 0, 2); }
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return (v_bytes)v; }
+static inline void store_bytes(void *to, v_bytes v) { memcpy(to, &v, sizeof v); }
+/* Past the caches, where they can be bypassed, to where 16 bytes are aligned. */
+static inline void stream_by_16(void *to, v_bytes v) { memcpy(to, &v, sizeof v); }
+
 /* The upper halves of all lanes of a, then of b. */
-static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
     uint16_t high[2 * QZ_LANES];
+    v_bytes v;
     for (int i = 0; i < QZ_LANES; i++) {
         high[i] = (uint16_t)((uint32_t)a[i] >> 16);
         high[QZ_LANES + i] = (uint16_t)((uint32_t)b[i] >> 16);
     }
-    memcpy(to, high, sizeof high);
+    memcpy(&v, high, sizeof v);
+    return v;
+}
+/* All lanes of a, then of b, as float16. */
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    uint16_t half[2 * QZ_LANES];
+    v_bytes v;
+    store_f16_from_f32(half, a);
+    store_f16_from_f32(half + QZ_LANES, b);
+    memcpy(&v, half, sizeof v);
+    return v;
 }
 
 static inline v_f32 round_to_f16(v_f32 v) {
@@ -136,7 +155,7 @@ static inline v_f32 round_to_f16(v_f32 v) {
     return f32_from_f16(half);
 }
 
-/* A table of 16 entries, and what stands in it at each of 32 codes below 16. */
+/* A table of 16 entries, and what stands in it at each of QZ_BYTES codes below 16. */
 typedef struct v_table {
     uint16_t entries[16];
 } v_table;
@@ -145,10 +164,10 @@ static inline v_table load_table(const uint16_t *entries) {
     memcpy(table.entries, entries, sizeof table.entries);
     return table;
 }
-static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
-    uint16_t found[32];
-    for (int i = 0; i < 32; i++) found[i] = table.entries[codes[i]];
-    memcpy(to, found, sizeof found);
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+    uint16_t each[QZ_BYTES];
+    for (int i = 0; i < QZ_BYTES; i++) each[i] = table.entries[codes[i]];
+    memcpy(found, each, sizeof each);
 }
 
 /* The lanes of a, b, c, d, in this order, as bytes; lanes of -2^31 to 0 give 0, and those from 256 to 2^15 - 1 give

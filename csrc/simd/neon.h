@@ -166,20 +166,28 @@ static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
     return vpmaxq_f32(vpmaxq_f32(v[0], v[1]), vpmaxq_f32(v[2], v[3]));
 }
 
-static inline void store_high_u16(uint16_t *to, v_i32 a, v_i32 b) {
-    vst1q_u16(to, vuzp2q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)));
+static inline void prefetch(const void *at) { __builtin_prefetch(at, 0, 2); }
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return vreinterpretq_u8_f32(v); }
+static inline void store_bytes(void *to, v_bytes v) { vst1q_u8(to, v); }
+static inline void stream_by_16(void *to, v_bytes v) { vst1q_u8(to, v); }
+
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
+    return vreinterpretq_u8_u16(vuzp2q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)));
+}
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    return vreinterpretq_u8_f16(vcombine_f16(vcvt_f16_f32(a), vcvt_f16_f32(b)));
 }
 
 static inline v_f32 round_to_f16(v_f32 v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
 
 typedef uint8x16x2_t v_table;
 static inline v_table load_table(const uint16_t *entries) { return vld2q_u8((const uint8_t *)entries); }
-static inline void look_up_32(uint16_t *to, const uint8_t *codes, v_table table) {
-    for (int i = 0; i < 32; i += 16) {
-        const uint8x16_t v = vld1q_u8(codes + i);
-        const uint8x16x2_t found = {{vqtbl1q_u8(table.val[0], v), vqtbl1q_u8(table.val[1], v)}};
-        vst2q_u8((uint8_t *)(to + i), found);
-    }
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+    const uint8x16_t v = vld1q_u8(codes);
+    const uint8x16_t low = vqtbl1q_u8(table.val[0], v), high = vqtbl1q_u8(table.val[1], v);
+    found[0] = vzip1q_u8(low, high);
+    found[1] = vzip2q_u8(low, high);
 }
 
 static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
