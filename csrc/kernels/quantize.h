@@ -171,7 +171,8 @@ QZ_INLINE void affine_encode(const affine_batch *b, const qz_quantize_job *job, 
     const float *w = b->w;
     for (ptrdiff_t i = 0; i < b->count; i += QZ_BYTES) {
         v_i32 v[4];
-        for (ptrdiff_t line = 0; line < QZ_BYTES * step; line += 64) prefetch(next + i * step + line);
+        QZ_UNROLL
+        for (int line = 0; line < QZ_BYTES / 16; line++) prefetch(next + (i + line * 16) * step); /* if float32 */
         QZ_UNROLL
         for (int j = 0; j < 4; j++) {
             v[j] = encode_vector(w + i + j * QZ_LANES, r, (i + j * apart) >> shift, bits, profile, is_tame);

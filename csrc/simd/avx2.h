@@ -186,7 +186,7 @@ static inline int any_i32(v_i32 mask) { return _mm256_movemask_epi8(mask) != 0; 
 QZ_REDUCE_EACH(least, _mm256_min_ps)
 QZ_REDUCE_EACH(greatest, _mm256_max_ps)
 
-static inline void prefetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
+#define prefetch(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
 
 static inline v_bytes bytes_of_f32(v_f32 v) { return _mm256_castps_si256(v); }
 static inline void store_bytes(void *to, v_bytes v) { _mm256_storeu_si256((__m256i *)to, v); }

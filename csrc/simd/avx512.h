@@ -149,7 +149,7 @@ static inline int any_i32(v_i32 mask) { return _mm512_test_epi32_mask(mask, mask
 QZ_REDUCE_EACH(least, _mm512_min_ps)
 QZ_REDUCE_EACH(greatest, _mm512_max_ps)
 
-static inline void prefetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
+#define prefetch(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
 
 static inline v_bytes bytes_of_f32(v_f32 v) { return _mm512_castps_si512(v); }
 static inline void store_bytes(void *to, v_bytes v) { _mm512_storeu_si512(to, v); }

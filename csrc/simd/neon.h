@@ -166,7 +166,7 @@ static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
     return vpmaxq_f32(vpmaxq_f32(v[0], v[1]), vpmaxq_f32(v[2], v[3]));
 }
 
-static inline void prefetch(const void *at) { __builtin_prefetch(at, 0, 2); }
+#define prefetch(at) __builtin_prefetch(at, 0, 2)
 
 static inline v_bytes bytes_of_f32(v_f32 v) { return vreinterpretq_u8_f32(v); }
 static inline void store_bytes(void *to, v_bytes v) { vst1q_u8(to, v); }
