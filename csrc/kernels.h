@@ -11,6 +11,9 @@
 /* QZ_TILE_ROWS outputs are summed side by side, since each is a chain of dependent additions. */
 enum { QZ_TILE_ROWS = 16, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
 
+/* Bytes after a run of packed codes that a kernel may overwrite, so that it need not count them. */
+enum { QZ_SPILL = 128 };
+
 /* How a tensor's stored scales and biases reach a kernel: element (row, group) stands at
  * data + row * row_stride + group * group_stride. */
 typedef struct qz_scales {
@@ -34,9 +37,11 @@ typedef struct qz_matmul_job {
 } qz_matmul_job;
 
 typedef struct qz_quantize_job {
-    const float *w; /* groups * group_size values */
+    const float *w;   /* groups * group_size values */
+    const char *next; /* what will be read after them, for the caches: `step` bytes for each value, which need not */
+    ptrdiff_t step;   /* be there */
     ptrdiff_t groups, group_size;
-    uint8_t *packed;
+    uint8_t *packed;        /* with QZ_SPILL bytes of room after the codes */
     float *scales, *biases; /* one a group, unrounded */
 } qz_quantize_job;
 
@@ -45,7 +50,9 @@ typedef struct qz_dequantize_job {
     ptrdiff_t groups, group_size;
     const float *scales, *biases;
     qz_type round_products_to; /* profile "cpu": the type in which MLX's CPU multiplies and adds; else QZ_F32 */
-    float *w;
+    char *w;                   /* contiguous, of any alignment */
+    qz_type w_type;            /* QZ_F32, QZ_F16 or QZ_BF16 */
+    int stream;                /* stores bypass the caches; w is aligned to 16 bytes */
 } qz_dequantize_job;
 
 typedef struct qz_format_kernels {

@@ -1,25 +1,33 @@
+/* Both ways between floats and codes: rows are cut into pieces of whole groups, so that one long row is shared by the
+ * threads too. Arrays that lie in memory order are read and written in place; others go through copies in L1. */
 #include <string.h>
 
 #include "cpu.h"
 #include "rows.h"
 #include "threads.h"
 
-/* Values in one piece of work: whole groups of any size, and the float32 copy stays in L1. */
-enum { PIECE = 2048, PIECE_GROUPS = PIECE / 16 };
+/* Elements in one piece of work where it goes through a copy, and where it need not. Elements that make it worth
+ * handing out: some 10 to 20 microseconds. */
+enum { COPIED = 4096, IN_PLACE = 16384, WORTHWHILE = 1 << 16, MIN_GROUP = 16 };
 
 typedef struct span {
     ptrdiff_t row, first_group, groups;
 } span;
 
-/* A row is cut into pieces of whole groups, so that one long row is shared by the threads too. */
 typedef struct cut {
-    ptrdiff_t groups_per_row, groups_per_piece, pieces_per_row;
+    ptrdiff_t rows, groups_per_row, groups_per_piece, pieces_per_row;
 } cut;
 
-static cut cut_rows(ptrdiff_t groups_per_row, ptrdiff_t group_size) {
-    cut c = {groups_per_row, PIECE / group_size, 0};
+static cut cut_rows(ptrdiff_t rows, ptrdiff_t groups_per_row, ptrdiff_t group_size, ptrdiff_t piece) {
+    cut c = {rows, groups_per_row, piece / group_size, 0};
     c.pieces_per_row = (groups_per_row + c.groups_per_piece - 1) / c.groups_per_piece;
     return c;
+}
+
+/* Pieces that are handed out together. */
+static ptrdiff_t grain_of(const cut *c, ptrdiff_t group_size) {
+    ptrdiff_t groups = c->groups_per_row < c->groups_per_piece ? c->groups_per_row : c->groups_per_piece;
+    return WORTHWHILE / (groups * group_size) + 1;
 }
 
 static span span_of(const cut *c, ptrdiff_t piece) {
@@ -28,45 +36,50 @@ static span span_of(const cut *c, ptrdiff_t piece) {
     return s;
 }
 
-static char *group_at(const qz_array *array, const span *s) {
-    return qz_element(array, array->ndim - 1, s->row) + s->first_group * qz_last_stride(array);
+/* Where the groups of a span begin in an array that holds so many of its elements for each group. */
+static char *span_at(const qz_array *array, const span *s, ptrdiff_t per_group) {
+    return qz_element(array, array->ndim - 1, s->row) + s->first_group * per_group * qz_last_stride(array);
 }
 
-/* Packed words of a strided array go through a contiguous copy, byte for byte. */
-static void copy_words(char *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride, ptrdiff_t words) {
-    for (ptrdiff_t i = 0; i < words; i++) memcpy(to + i * to_stride, from + i * from_stride, 4);
+/* The same in an array of words: every piece but the last of a row holds a multiple of 32 codes. */
+static char *words_at(const qz_array *codes, const span *s, ptrdiff_t group_bits) {
+    return qz_element(codes, codes->ndim - 1, s->row) + s->first_group * group_bits / 32 * qz_last_stride(codes);
 }
 
-/* Where the words of a span begin: a whole word, as every piece but the last holds a multiple of 32 codes. */
-static ptrdiff_t first_byte(const span *s, ptrdiff_t group_size, int bits) {
-    return s->first_group * group_size * bits / 8;
+/* Rows of groups become one long row where all arrays allow it: a group may end within a word, but no row does. */
+static void merge_rows(qz_array *floats, qz_array *codes, qz_array *scales, qz_array *biases, ptrdiff_t group_bits) {
+    qz_array *const arrays[] = {floats, codes, scales, biases};
+    if (qz_last(codes) * 32 == qz_last(scales) * group_bits) qz_merge_axes(arrays, 4);
 }
+
+/* ---- quantize ---- */
 
 typedef struct quantize_job {
-    const qz_plan *plan;
-    const qz_quantize_args *args;
+    const qz_kernels *kernels;
+    void (*quantize)(const qz_quantize_job *);
+    qz_quantize_args args;
     cut cut;
-    ptrdiff_t group_size;
+    ptrdiff_t group_size, group_bits;
 } quantize_job;
 
 static void quantize_piece(const quantize_job *j, ptrdiff_t piece) {
-    const qz_quantize_args *a = j->args;
-    const qz_kernels *kernels = j->plan->kernels;
-    const int bits = qz_formats[a->format].bits;
-    span s = span_of(&j->cut, piece);
-    float w[PIECE], scales[PIECE_GROUPS], biases[PIECE_GROUPS];
-    uint8_t packed[PIECE];
-    ptrdiff_t w_stride = qz_last_stride(&a->w), word_stride = qz_last_stride(&a->codes),
-              count = s.groups * j->group_size;
-    const char *from = qz_element(&a->w, a->w.ndim - 1, s.row) + s.first_group * j->group_size * w_stride;
-    kernels->load(w, from, w_stride, a->w.type, count);
-    qz_quantize_job job = {w, s.groups, j->group_size, packed, scales, biases};
-    kernels->format(a->format, a->group_slot)->quantize[a->profile](&job);
-    char *words =
-        qz_element(&a->codes, a->codes.ndim - 1, s.row) + first_byte(&s, j->group_size, bits) / 4 * word_stride;
-    copy_words(words, word_stride, (const char *)packed, 4, count * bits / 32);
-    kernels->store(group_at(&a->scales, &s), qz_last_stride(&a->scales), a->scales.type, scales, s.groups);
-    kernels->store(group_at(&a->biases, &s), qz_last_stride(&a->biases), a->biases.type, biases, s.groups);
+    const qz_quantize_args *a = &j->args;
+    const span s = span_of(&j->cut, piece);
+    float copy[COPIED], scales[COPIED / MIN_GROUP], biases[COPIED / MIN_GROUP];
+    uint8_t packed[COPIED + QZ_SPILL];
+    const char *w = span_at(&a->w, &s, j->group_size);
+    const ptrdiff_t stride = qz_last_stride(&a->w), count = s.groups * j->group_size;
+    const ptrdiff_t step = stride > 0 && stride <= 8 ? stride : 0;
+    qz_quantize_job job = {(const float *)w, w + count * step, step, s.groups, j->group_size, packed, scales, biases};
+    if (!qz_is_plain(w, stride, a->w.type)) {
+        j->kernels->load(copy, w, stride, a->w.type, count);
+        job.w = copy;
+    }
+    j->quantize(&job);
+    char *words = words_at(&a->codes, &s, j->group_bits);
+    qz_copy_words(words, qz_last_stride(&a->codes), (const char *)packed, 4, s.groups * j->group_bits / 32);
+    j->kernels->store(span_at(&a->scales, &s, 1), qz_last_stride(&a->scales), a->scales.type, scales, s.groups);
+    j->kernels->store(span_at(&a->biases, &s, 1), qz_last_stride(&a->biases), a->biases.type, biases, s.groups);
 }
 
 static void quantize_pieces(void *context, ptrdiff_t begin, ptrdiff_t end) {
@@ -74,49 +87,90 @@ static void quantize_pieces(void *context, ptrdiff_t begin, ptrdiff_t end) {
 }
 
 qz_status qz_cpu_quantize(const qz_plan *plan, const qz_quantize_args *args, const qz_run *run) {
-    quantize_job j = {plan, args, {0}, qz_formats[args->format].group_sizes[args->group_slot]};
-    ptrdiff_t rows = qz_count(&args->w, args->w.ndim - 1), groups = qz_last(&args->scales);
+    const qz_format *format = &qz_formats[args->format];
+    quantize_job j = {.kernels = plan->kernels, .args = *args};
+    j.quantize = plan->kernels->format(args->format, args->group_slot)->quantize[args->profile];
+    j.group_size = format->group_sizes[args->group_slot];
+    j.group_bits = j.group_size * format->bits;
+    merge_rows(&j.args.w, &j.args.codes, &j.args.scales, &j.args.biases, j.group_bits);
+    ptrdiff_t rows = qz_count(&j.args.w, j.args.w.ndim - 1), groups = qz_last(&j.args.scales);
     if (rows == 0 || groups == 0) return QZ_OK;
-    j.cut = cut_rows(groups, j.group_size);
-    return qz_parallel(quantize_pieces, &j, rows * j.cut.pieces_per_row, 4, run);
+    j.cut = cut_rows(rows, groups, j.group_size, COPIED);
+    return qz_parallel(quantize_pieces, &j, rows * j.cut.pieces_per_row, grain_of(&j.cut, j.group_size), run);
 }
 
+/* ---- dequantize ---- */
+
 typedef struct dequantize_job {
-    const qz_plan *plan;
-    const qz_dequantize_args *args;
+    const qz_kernels *kernels;
+    void (*dequantize)(const qz_dequantize_job *);
+    qz_dequantize_args args;
     cut cut;
-    ptrdiff_t group_size;
+    ptrdiff_t group_size, group_bits;
+    int in_place, stream;
 } dequantize_job;
 
-static void dequantize_piece(const dequantize_job *j, ptrdiff_t piece) {
-    const qz_dequantize_args *a = j->args;
-    const qz_kernels *kernels = j->plan->kernels;
-    const int bits = qz_formats[a->format].bits;
-    span s = span_of(&j->cut, piece);
-    float w[PIECE], scales[PIECE_GROUPS], biases[PIECE_GROUPS];
-    uint8_t packed[PIECE];
-    ptrdiff_t w_stride = qz_last_stride(&a->w), word_stride = qz_last_stride(&a->codes),
-              count = s.groups * j->group_size;
-    const char *words =
-        qz_element(&a->codes, a->codes.ndim - 1, s.row) + first_byte(&s, j->group_size, bits) / 4 * word_stride;
-    copy_words((char *)packed, 4, words, word_stride, count * bits / 32);
-    kernels->load(scales, group_at(&a->scales, &s), qz_last_stride(&a->scales), a->scales.type, s.groups);
-    kernels->load(biases, group_at(&a->biases, &s), qz_last_stride(&a->biases), a->biases.type, s.groups);
-    qz_type products = a->profile == QZ_PROFILE_CPU ? a->product_type : QZ_F32;
-    qz_dequantize_job job = {packed, s.groups, j->group_size, scales, biases, products, w};
-    kernels->format(a->format, a->group_slot)->dequantize(&job);
-    char *to = qz_element(&a->w, a->w.ndim - 1, s.row) + s.first_group * j->group_size * w_stride;
-    kernels->store(to, w_stride, a->w.type, w, count);
+/* Whether a row lies in memory order. */
+static int is_adjacent(const qz_array *array) {
+    return qz_last_stride(array) == (array->type == QZ_F32 || array->type == QZ_U32 ? 4 : 2);
+}
+
+/* The kernel's job but for the places of codes and results. */
+static qz_dequantize_job load_scales(const dequantize_job *j, const span *s, float *scales, float *biases) {
+    const qz_dequantize_args *a = &j->args;
+    const qz_type products = a->profile == QZ_PROFILE_CPU ? a->product_type : QZ_F32;
+    j->kernels->load(scales, span_at(&a->scales, s, 1), qz_last_stride(&a->scales), a->scales.type, s->groups);
+    j->kernels->load(biases, span_at(&a->biases, s, 1), qz_last_stride(&a->biases), a->biases.type, s->groups);
+    return (qz_dequantize_job){NULL, s->groups, j->group_size, scales, biases, products, NULL, QZ_F32, 0};
+}
+
+static void dequantize_in_place(const dequantize_job *j, const span *s) {
+    const qz_dequantize_args *a = &j->args;
+    float scales[IN_PLACE / MIN_GROUP], biases[IN_PLACE / MIN_GROUP];
+    qz_dequantize_job job = load_scales(j, s, scales, biases);
+    job.packed = (const uint8_t *)words_at(&a->codes, s, j->group_bits);
+    job.w = span_at(&a->w, s, j->group_size);
+    job.w_type = a->w.type;
+    job.stream = j->stream && (uintptr_t)job.w % 16 == 0;
+    j->dequantize(&job);
+}
+
+static void dequantize_copied(const dequantize_job *j, const span *s) {
+    const qz_dequantize_args *a = &j->args;
+    float w[COPIED], scales[COPIED / MIN_GROUP], biases[COPIED / MIN_GROUP];
+    uint8_t packed[COPIED];
+    const char *words = words_at(&a->codes, s, j->group_bits);
+    qz_dequantize_job job = load_scales(j, s, scales, biases);
+    qz_copy_words((char *)packed, 4, words, qz_last_stride(&a->codes), s->groups * j->group_bits / 32);
+    job.packed = packed;
+    job.w = (char *)w;
+    j->dequantize(&job);
+    j->kernels->store(span_at(&a->w, s, j->group_size), qz_last_stride(&a->w), a->w.type, w, s->groups * j->group_size);
 }
 
 static void dequantize_pieces(void *context, ptrdiff_t begin, ptrdiff_t end) {
-    for (ptrdiff_t piece = begin; piece < end; piece++) dequantize_piece(context, piece);
+    const dequantize_job *j = context;
+    for (ptrdiff_t piece = begin; piece < end; piece++) {
+        const span s = span_of(&j->cut, piece);
+        if (j->in_place) {
+            dequantize_in_place(j, &s);
+        } else {
+            dequantize_copied(j, &s);
+        }
+    }
 }
 
 qz_status qz_cpu_dequantize(const qz_plan *plan, const qz_dequantize_args *args, const qz_run *run) {
-    dequantize_job j = {plan, args, {0}, qz_formats[args->format].group_sizes[args->group_slot]};
-    ptrdiff_t rows = qz_count(&args->codes, args->codes.ndim - 1), groups = qz_last(&args->scales);
+    const qz_format *format = &qz_formats[args->format];
+    dequantize_job j = {.kernels = plan->kernels, .args = *args};
+    j.dequantize = plan->kernels->format(args->format, args->group_slot)->dequantize;
+    j.group_size = format->group_sizes[args->group_slot];
+    j.group_bits = j.group_size * format->bits;
+    merge_rows(&j.args.w, &j.args.codes, &j.args.scales, &j.args.biases, j.group_bits);
+    ptrdiff_t rows = qz_count(&j.args.codes, j.args.codes.ndim - 1), groups = qz_last(&j.args.scales);
     if (rows == 0 || groups == 0) return QZ_OK;
-    j.cut = cut_rows(groups, j.group_size);
-    return qz_parallel(dequantize_pieces, &j, rows * j.cut.pieces_per_row, 4, run);
+    j.in_place = is_adjacent(&j.args.w) && is_adjacent(&j.args.codes);
+    j.cut = cut_rows(rows, groups, j.group_size, j.in_place ? IN_PLACE : COPIED);
+    j.stream = rows * groups * j.group_size * (args->w.type == QZ_F32 ? 4 : 2) >= QZ_STREAM_FROM;
+    return qz_parallel(dequantize_pieces, &j, rows * j.cut.pieces_per_row, grain_of(&j.cut, j.group_size), run);
 }

@@ -5,15 +5,21 @@ QZ_INLINE v_f32 f32_from_bf16(const uint16_t *from) {
     return f32_of_bits(shl_i32(low, 16));
 }
 
-QZ_INLINE v_i32 bf16_bits(v_f32 v) {
-    v_i32 bits = bits_of_f32(v), magnitude = and_i32(bits, set1_i32(0x7fffffff));
-    v_i32 odd = and_i32(shr_u32(bits, 16), set1_i32(1));
-    v_i32 rounded = shr_u32(add_i32(bits, add_i32(odd, set1_i32(0x7fff))), 16);
-    v_i32 quiet = or_i32(shr_u32(bits, 16), set1_i32(0x40));
-    return select_i32(greater_i32(magnitude, set1_i32(0x7f800000)), quiet, rounded);
+/* bfloat16 of what is not NaN, in the upper halves; the lower halves hold a rest of the rounding. */
+QZ_INLINE v_i32 bf16_rounded(v_f32 v) {
+    v_i32 bits = bits_of_f32(v), odd = and_i32(shr_u32(bits, 16), set1_i32(1));
+    return add_i32(add_i32(bits, set1_i32(0x7fff)), odd);
 }
 
-static float load_one(const char *from, qz_type type) {
+/* The same of any float. */
+QZ_INLINE v_i32 bf16_of_any(v_f32 v) {
+    v_i32 bits = bits_of_f32(v), magnitude = and_i32(bits, set1_i32(0x7fffffff));
+    v_i32 quiet = or_i32(bits, set1_i32(0x400000));
+    return select_i32(greater_i32(magnitude, set1_i32(0x7f800000)), quiet, bf16_rounded(v));
+}
+
+/* Inline with a constant type, so that no loop asks for it again. */
+QZ_INLINE float load_one(const char *from, qz_type type) {
     uint16_t half;
     double wide;
     float single;
@@ -25,7 +31,7 @@ static float load_one(const char *from, qz_type type) {
     }
 }
 
-static void store_one(char *to, qz_type type, float value) {
+QZ_INLINE void store_one(char *to, qz_type type, float value) {
     uint16_t half = type == QZ_F16 ? qz_f16_from_f32(value) : qz_bf16_from_f32(value);
     if (type == QZ_F32) {
         memcpy(to, &value, sizeof value);
@@ -34,34 +40,63 @@ static void store_one(char *to, qz_type type, float value) {
     }
 }
 
+QZ_INLINE float round_one(float value, qz_type type) {
+    if (type == QZ_F16) return qz_f32_from_f16(qz_f16_from_f32(value));
+    return type == QZ_BF16 ? qz_f32_from_bf16(qz_bf16_from_f32(value)) : value;
+}
+
+QZ_INLINE void load_each(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i++) to[i] = load_one(from + i * stride, type);
+}
+
+QZ_INLINE void store_each(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i++) store_one(to + i * stride, type, from[i]);
+}
+
 /* Not inline: clang would copy this, vectorized for every type, into each of the matmul kernels. */
 static __attribute__((noinline)) void QZ_NAME(load)(float *to, const char *from, ptrdiff_t stride, qz_type type,
                                                     ptrdiff_t count) {
     const uint16_t *half = (const uint16_t *)from;
     ptrdiff_t i = 0;
-    if (type == QZ_F32 && stride == 4) {
-        memcpy(to, from, (size_t)count * 4);
+    switch (type) {
+    case QZ_F16:
+        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_f16(half + i));
+        load_each(to + i, from + i * stride, stride, QZ_F16, count - i);
         return;
+    case QZ_BF16:
+        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_bf16(half + i));
+        load_each(to + i, from + i * stride, stride, QZ_BF16, count - i);
+        return;
+    case QZ_F64: load_each(to, from, stride, QZ_F64, count); return;
+    default:
+        if (stride == 4) {
+            memcpy(to, from, (size_t)count * 4);
+        } else {
+            load_each(to, from, stride, QZ_F32, count);
+        }
     }
-    if (type == QZ_F16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_f16(half + i));
-    } else if (type == QZ_BF16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_bf16(half + i));
-    }
-    for (; i < count; i++) to[i] = load_one(from + i * stride, type);
 }
 
 static void QZ_NAME(store)(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count) {
     uint16_t *half = (uint16_t *)to;
     ptrdiff_t i = 0;
-    if (type == QZ_F32 && stride == 4) {
-        memcpy(to, from, (size_t)count * 4);
+    switch (type) {
+    case QZ_F16:
+        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f16_from_f32(half + i, load_f32(from + i));
+        store_each(to + i * stride, stride, QZ_F16, from + i, count - i);
         return;
+    case QZ_BF16:
+        for (; stride == 2 && i + 2 * QZ_LANES <= count; i += 2 * QZ_LANES) {
+            const v_f32 low = load_f32(from + i), high = load_f32(from + i + QZ_LANES);
+            store_bytes(half + i, high_u16_of_two(bf16_of_any(low), bf16_of_any(high)));
+        }
+        store_each(to + i * stride, stride, QZ_BF16, from + i, count - i);
+        return;
+    default:
+        if (stride == 4) {
+            memcpy(to, from, (size_t)count * 4);
+        } else {
+            store_each(to, stride, QZ_F32, from, count);
+        }
     }
-    if (type == QZ_F16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_f16_from_f32(half + i, load_f32(from + i));
-    } else if (type == QZ_BF16 && stride == 2) {
-        for (; i + QZ_LANES <= count; i += QZ_LANES) store_low_u16(half + i, bf16_bits(load_f32(from + i)));
-    }
-    for (; i < count; i++) store_one(to + i * stride, type, from[i]);
 }

@@ -7,103 +7,342 @@
  *
  * The profiles differ in two points. "cpu" rounds ties to even. "metal" rounds ties away from zero, and its hi is at
  * least 0, so that an all-negative group is spread over [lo, 0]. Groups with infinities, and those of NaN alone, follow
- * "cpu" in both: NaN is ignored by the range and gets code 0. */
+ * "cpu" in both: NaN is ignored by the range and gets code 0.
+ *
+ * QZ_LANES groups form a batch: their ranges are worked out side by side, one in each lane. */
 
-typedef struct affine_range {
-    float scale, bias;
-} affine_range;
+/* ---- quantize ---- */
 
-QZ_INLINE float round_step(float value, int profile) {
-    return profile == QZ_PROFILE_METAL ? roundf(value) : rintf(value);
+QZ_INLINE v_i32 magnitude_of(v_f32 v) { return and_i32(bits_of_f32(v), set1_i32(0x7fffffff)); }
+
+/* NaNs made by x86 and Arm differ in sign: results carry this one. */
+QZ_INLINE v_f32 canonical_nan(v_f32 v) {
+    v_i32 is_nan = greater_i32(magnitude_of(v), set1_i32(0x7f800000));
+    return f32_of_bits(select_i32(is_nan, set1_i32(0x7fc00000), bits_of_f32(v)));
 }
 
-static affine_range affine_range_of(float lo, float hi, int bits, int profile) {
-    const float steps = (float)((1 << bits) - 1), smallest = 1e-7f;
-    if (profile == QZ_PROFILE_METAL && hi < 0.0f && hi >= -FLT_MAX) hi = 0.0f;
-    float scale = (hi - lo) / steps;
-    if (!(scale > smallest)) scale = smallest;
-    float edge = hi;
-    if (fabsf(lo) > fabsf(hi)) {
-        edge = lo;
+/* roundf ("metal") or rintf of any float, but for the sign of a zero. From 2^23 on, floats are integers. Below, half
+ * away from zero is as in fake_quantize.h (in [2^22, 2^23), where a half is one ulp, v + h rounds to v or v + 1/2); and
+ * adding 2^23 leaves no room for a fraction. */
+QZ_INLINE v_f32 round_any(v_f32 v, int profile) {
+    const v_i32 sign = and_i32(bits_of_f32(v), set1_i32(INT32_MIN));
+    const v_i32 whole = greater_i32(magnitude_of(v), set1_i32(0x4affffff));
+    const v_f32 inside = f32_of_bits(select_i32(whole, sign, bits_of_f32(v)));
+    const float with = profile == QZ_PROFILE_METAL ? 0x1.fffffep-2f : 0x1p23f;
+    const v_f32 shift = f32_of_bits(or_i32(sign, bits_of_f32(set1_f32(with))));
+    v_f32 rounded = add_f32(inside, shift);
+    rounded = profile == QZ_PROFILE_METAL ? trunc_f32(rounded) : sub_f32(rounded, shift);
+    return f32_of_bits(select_i32(whole, bits_of_f32(v), bits_of_f32(rounded)));
+}
+
+/* What encoding needs to know of each group of a batch. */
+typedef struct affine_ranges {
+    float scale[QZ_LANES], bias[QZ_LANES];
+    float minus_scale[QZ_LANES], reciprocal[QZ_LANES];
+    int is_tame; /* 1 where steps_of may be used on every group */
+} affine_ranges;
+
+QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, float steps, int profile) {
+    const v_f32 zero = set1_f32(0.0f), one = set1_f32(1.0f);
+    const v_i32 sign = set1_i32(INT32_MIN);
+    if (profile == QZ_PROFILE_METAL) {
+        v_i32 infinite = greater_i32(magnitude_of(hi), set1_i32(0x7f7fffff));
+        hi = f32_of_bits(select_i32(infinite, bits_of_f32(hi), bits_of_f32(max_f32(hi, zero))));
+    }
+    v_f32 scale = div_f32(sub_f32(hi, lo), set1_f32(steps));
+    scale = max_f32(scale, set1_f32(1e-7f));
+    v_i32 low_edge = greater_i32(magnitude_of(lo), magnitude_of(hi)); /* floats that are not NaN sort by their bits */
+    scale = f32_of_bits(select_i32(low_edge, bits_of_f32(scale), xor_i32(bits_of_f32(scale), sign)));
+    v_f32 edge = f32_of_bits(select_i32(low_edge, bits_of_f32(lo), bits_of_f32(hi)));
+    v_f32 code = round_any(div_f32(edge, scale), profile);
+    v_i32 stretched = greater_i32(magnitude_of(code), set1_i32(0));
+    v_f32 divisor = f32_of_bits(select_i32(stretched, bits_of_f32(code), bits_of_f32(one)));
+    v_f32 quotient = canonical_nan(div_f32(edge, divisor));
+    scale = f32_of_bits(select_i32(stretched, bits_of_f32(quotient), bits_of_f32(scale)));
+    store_f32(r->scale, scale);
+    store_f32(r->bias, f32_of_bits(and_i32(stretched, bits_of_f32(edge))));
+    store_f32(r->minus_scale, f32_of_bits(xor_i32(bits_of_f32(scale), sign)));
+    store_f32(r->reciprocal, div_f32(one, scale));
+    r->is_tame = !any_i32(greater_i32(magnitude_of(scale), bits_of_f32(set1_f32(0x1p100f))));
+}
+
+/* Up to QZ_LANES groups and their ranges; `count` elements, whole vectors of bytes, stand at w. */
+typedef struct affine_batch {
+    const float *w;
+    ptrdiff_t first, groups, count;
+    affine_ranges ranges;
+    float padded[QZ_LANES * QZ_BYTES / 2]; /* a copy of w where it ends within a vector of bytes: groups are short */
+} affine_batch;
+
+/* The least and the greatest element of each group, NaN ignored. Lanes beyond `groups` repeat the first group. */
+QZ_INLINE void measure_groups(v_f32 *lo, v_f32 *hi, const float *w, ptrdiff_t groups, ptrdiff_t size) {
+    v_f32 los[QZ_LANES], his[QZ_LANES];
+    for (ptrdiff_t g = 0; g < QZ_LANES; g++) {
+        const float *from = w + (g < groups ? g * size : 0);
+        los[g] = set1_f32(INFINITY);
+        his[g] = set1_f32(-INFINITY);
+        QZ_UNROLL
+        for (ptrdiff_t i = 0; i < size; i += QZ_LANES) {
+            v_f32 v = load_f32(from + i);
+            los[g] = min_f32(v, los[g]); /* NaN in v leaves the second operand */
+            his[g] = max_f32(v, his[g]);
+        }
+    }
+    *lo = least_of_each(los);
+    *hi = greatest_of_each(his);
+}
+
+/* Not inline: it is the same for all widths. */
+static __attribute__((noinline)) void QZ_NAME(measure_batch)(affine_batch *b, const qz_quantize_job *job,
+                                                             ptrdiff_t first, float steps, int profile) {
+    const ptrdiff_t size = job->group_size, left = job->groups - first;
+    v_f32 lo, hi;
+    b->first = first;
+    b->groups = left < QZ_LANES ? left : QZ_LANES;
+    b->count = b->groups * size;
+    b->w = job->w + first * size;
+    if (b->count % QZ_BYTES != 0) {
+        memset(b->padded, 0, sizeof b->padded);
+        b->w = memcpy(b->padded, b->w, (size_t)b->count * sizeof *b->w);
+        b->count += QZ_BYTES - b->count % QZ_BYTES;
+    }
+    switch (size) {
+    case 32: measure_groups(&lo, &hi, b->w, b->groups, 32); break;
+    case 64: measure_groups(&lo, &hi, b->w, b->groups, 64); break;
+    case 128: measure_groups(&lo, &hi, b->w, b->groups, 128); break;
+    default: measure_groups(&lo, &hi, b->w, b->groups, size);
+    }
+    if (profile == QZ_PROFILE_METAL) {
+        affine_ranges_of(&b->ranges, lo, hi, steps, QZ_PROFILE_METAL);
     } else {
-        scale = -scale;
-    }
-    float code = round_step(edge / scale, profile);
-    if (code == 0.0f) return (affine_range){scale, 0.0f};
-    scale = edge / code;
-    return (affine_range){scale == scale ? scale : qz_float_of(0x7fc00000u), edge};
-}
-
-QZ_INLINE affine_range affine_measure(const float *w, ptrdiff_t count, int bits, int profile) {
-    v_f32 lo = set1_f32(INFINITY), hi = set1_f32(-INFINITY);
-    float los[QZ_LANES], his[QZ_LANES];
-    for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        lo = min_f32(load_f32(w + i), lo); /* NaN in w leaves the second operand */
-        hi = max_f32(load_f32(w + i), hi);
-    }
-    store_f32(los, lo);
-    store_f32(his, hi);
-    for (int i = 1; i < QZ_LANES; i++) {
-        los[0] = los[i] < los[0] ? los[i] : los[0];
-        his[0] = his[i] > his[0] ? his[i] : his[0];
-    }
-    return affine_range_of(los[0], his[0], bits, profile);
-}
-
-QZ_INLINE void affine_encode(uint8_t *codes, const float *w, ptrdiff_t count, affine_range range, int bits,
-                             int profile) {
-    v_f32 scale = set1_f32(range.scale), bias = set1_f32(range.bias);
-    for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        v_f32 steps = div_f32(sub_f32(load_f32(w + i), bias), scale);
-        store_low_u8(codes + i, encode_uint(steps, bits, profile));
+        affine_ranges_of(&b->ranges, lo, hi, steps, QZ_PROFILE_CPU);
     }
 }
 
+#if QZ_FUSED
+/* v / scale by way of the scale's reciprocal, with the same code as the quotient of a division.
+ *
+ * Let Q = v / scale, q = v * reciprocal and e = v - q * scale, each rounded; the result is q + e * reciprocal, rounded
+ * once. With u = 2^-24: |q - Q| < 1.5 ulp(Q), of which the reciprocal's error makes at most 1 and the product's 0.5.
+ * e is exact, or off by half a unit in its 25th bit, and the reciprocal by u relatively, so that what is rounded last
+ * differs from Q by less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a midpoint of two floats
+ * lies within 4u ulp(Q) of Q; and its code is the quotient's unless that is one of the two midpoints next to k + 1/2
+ * for a code k. For a midpoint m, of 25 bits, |Q - m| = |v - m * scale| / |scale| is a multiple of u/2 ulp(Q) or more,
+ * so that few pairs of 24-bit significands come so close: tests/test_quantize.py finds and tries them all, and the
+ * result is the quotient for each.
+ *
+ * Powers of two change nothing as long as nothing under- or overflows. The scale is at least 1e-7 / 2 in magnitude;
+ * where it is at most 2^100, all elements are finite and |v| <= (2^bits + 1) |scale|. So no operation overflows, and e
+ * underflows only where Q is far below 1/2. NaN stays NaN. */
+QZ_INLINE v_f32 steps_of(v_f32 v, v_f32 minus_scale, v_f32 reciprocal) {
+    v_f32 q = mul_f32(v, reciprocal);
+    return fused_f32(fused_f32(q, minus_scale, v), reciprocal, q);
+}
+
+/* Steps of tame groups, NaN apart, lie in [-1/2, 2^bits + 1): they need no clamping before they are bytes. */
+QZ_INLINE v_i32 encode_tame(const float *w, const affine_ranges *r, ptrdiff_t group, int profile) {
+    v_f32 v = sub_f32(load_f32(w), set1_f32(r->bias[group]));
+    return round_steps(steps_of(v, set1_f32(r->minus_scale[group]), set1_f32(r->reciprocal[group])), profile);
+}
+#endif
+
+QZ_INLINE v_i32 encode_vector(const float *w, const affine_ranges *r, ptrdiff_t group, int bits, int profile,
+                              int is_tame) {
+#if QZ_FUSED
+    if (is_tame) return encode_tame(w, r, group, profile);
+#endif
+    (void)is_tame;
+    v_f32 v = sub_f32(load_f32(w), set1_f32(r->bias[group]));
+    return encode_uint(div_f32(v, set1_f32(r->scale[group])), bits, profile);
+}
+
+/* The codes of a batch, whole vectors of bytes. `apart` is QZ_LANES where a vector of bytes may hold elements of
+ * several groups, else 0.
+ *
+ * Encoding reads what measuring has just read: without the prefetches the memory would idle meanwhile, and the
+ * processor wait for it at the next measuring. */
+QZ_INLINE void affine_encode(const affine_batch *b, const qz_quantize_job *job, int bits, int profile, int is_tame,
+                             int apart) {
+    const ptrdiff_t size = job->group_size, step = job->step;
+    const int shift = __builtin_ctzll((unsigned long long)size);
+    const char *next = job->next + b->first * size * step;
+    uint8_t *packed = job->packed + b->first * size / 8 * bits;
+    const affine_ranges *r = &b->ranges;
+    const float *w = b->w;
+    for (ptrdiff_t i = 0; i < b->count; i += QZ_BYTES) {
+        v_i32 v[4];
+        QZ_UNROLL
+        for (int line = 0; line < QZ_BYTES / 16; line++) prefetch(next + (i + line * 16) * step); /* if float32 */
+        QZ_UNROLL
+        for (int j = 0; j < 4; j++) {
+            v[j] = encode_vector(w + i + j * QZ_LANES, r, (i + j * apart) >> shift, bits, profile, is_tame);
+        }
+        v_bytes codes = bytes_from_i32(v[0], v[1], v[2], v[3]);
+        if (is_tame && bits < 8) codes = min_bytes(codes, (1 << bits) - 1);
+        store_packed(packed + i / 8 * bits, codes, bits);
+    }
+}
+
+QZ_INLINE void encode_batch(const affine_batch *b, const qz_quantize_job *job, int bits, int profile) {
+    if (!QZ_FUSED || !b->ranges.is_tame) {
+        affine_encode(b, job, bits, profile, 0, QZ_LANES);
+    } else if (job->group_size < QZ_BYTES) {
+        affine_encode(b, job, bits, profile, 1, QZ_LANES);
+    } else {
+        affine_encode(b, job, bits, profile, 1, 0);
+    }
+    if (b->groups == QZ_LANES) {
+        store_f32(job->scales + b->first, load_f32(b->ranges.scale));
+        store_f32(job->biases + b->first, load_f32(b->ranges.bias));
+    } else {
+        memcpy(job->scales + b->first, b->ranges.scale, (size_t)b->groups * sizeof *b->ranges.scale);
+        memcpy(job->biases + b->first, b->ranges.bias, (size_t)b->groups * sizeof *b->ranges.bias);
+    }
+}
+
+/* A batch is measured before the one before it is encoded: the chain of divisions that makes a range takes long, and
+ * the processor can encode meanwhile. */
 QZ_INLINE void quantize_affine(const qz_quantize_job *job, int bits, int profile) {
-    const ptrdiff_t size = job->group_size;
-    uint8_t codes[QZ_MAX_GROUP];
-    for (ptrdiff_t group = 0; group < job->groups; group++) {
-        const float *w = job->w + group * size;
-        affine_range range = affine_measure(w, size, bits, profile);
-        affine_encode(codes, w, size, range, bits, profile);
-        pack_bits(job->packed + group * (size * bits / 8), codes, bits, size);
-        job->scales[group] = range.scale;
-        job->biases[group] = range.bias;
+    const float steps = (float)((1 << bits) - 1);
+    affine_batch batches[2];
+    for (ptrdiff_t i = 0, first = 0; first < job->groups + QZ_LANES; i++, first += QZ_LANES) {
+        if (first < job->groups) QZ_NAME(measure_batch)(&batches[i % 2], job, first, steps, profile);
+        if (i > 0) encode_batch(&batches[(i + 1) % 2], job, bits, profile);
     }
 }
 
+/* ---- dequantize ---- */
+
+/* Elements decoded at a time: codes and results stay in L1. */
+enum { DECODED = 2048 };
+
+/* Rounded to the type, and back in float32. Not for NaN. */
 QZ_INLINE v_f32 round_to_type(v_f32 v, qz_type type) {
-    uint16_t half[QZ_LANES];
-    if (type == QZ_F16) {
-        store_f16_from_f32(half, v);
-        return f32_from_f16(half);
+    if (type == QZ_F16) return round_to_f16(v);
+    return type == QZ_BF16 ? f32_of_bits(and_i32(bf16_rounded(v), set1_i32(INT32_MIN >> 15))) : v;
+}
+
+QZ_INLINE void put(char *to, v_bytes v, int stream) {
+    if (stream) {
+        stream_by_16(to, v);
+    } else {
+        store_bytes(to, v);
     }
-    return type == QZ_BF16 ? f32_of_bits(shl_i32(bf16_bits(v), 16)) : v;
+}
+
+/* Two vectors of results, not NaN. */
+QZ_INLINE void put_results(char *to, ptrdiff_t i, qz_type type, v_f32 a, v_f32 b, int stream) {
+    if (type == QZ_F32) {
+        put(to + 4 * i, bytes_of_f32(a), stream);
+        put(to + 4 * (i + QZ_LANES), bytes_of_f32(b), stream);
+    } else {
+        put(to + 2 * i, type == QZ_F16 ? f16_of_two(a, b) : high_u16_of_two(bf16_rounded(a), bf16_rounded(b)), stream);
+    }
 }
 
 /* A float32 sum of two float16 (or bfloat16) values, rounded again to that type, is the type's own sum: float32 has
  * more than twice its precision and two bits. */
-QZ_INLINE void dequantize_group(float *w, const uint8_t *codes, ptrdiff_t count, float scale, float bias,
-                                qz_type type) {
-    v_f32 s = set1_f32(scale), b = set1_f32(bias);
-    for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
-        v_f32 product = round_to_type(mul_f32(decode_uint(codes + i), s), type);
-        store_f32(w + i, round_to_type(add_f32(product, b), type));
+QZ_INLINE v_f32 decode_vector(const uint8_t *codes, v_f32 s, v_f32 b, qz_type products) {
+    return add_f32(round_to_type(mul_f32(decode_uint(codes), s), products), b);
+}
+
+/* Finite scales and biases make no NaN, even where s * q overflows. */
+QZ_INLINE void decode_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
+                            qz_type type, int stream) {
+    const v_f32 s = set1_f32(scale), b = set1_f32(bias);
+    for (ptrdiff_t i = 0; i < count; i += 2 * QZ_LANES) {
+        v_f32 low = decode_vector(codes + i, s, b, products);
+        v_f32 high = decode_vector(codes + i + QZ_LANES, s, b, products);
+        if (products != type) { /* else the stores round */
+            low = round_to_type(low, products);
+            high = round_to_type(high, products);
+        }
+        put_results(to, i, type, low, high, stream);
+    }
+}
+
+/* Where there are no more than 16 results, of 16 bits each, they are decoded once and looked up. */
+QZ_INLINE void look_up_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
+                             qz_type type, int stream) {
+    static const uint8_t every_code[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    uint16_t results[32];
+    decode_group((char *)results, every_code, 2 * QZ_LANES < 16 ? 16 : 2 * QZ_LANES, scale, bias, products, type, 0);
+    const v_table table = load_table(results);
+    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
+        v_bytes found[2];
+        look_up(found, table, codes + i);
+        put(to + 2 * i, found[0], stream);
+        put(to + 2 * i + QZ_BYTES, found[1], stream);
+    }
+}
+
+/* The same one by one, for scales and biases that may make NaN, and for groups shorter than two vectors. */
+static __attribute__((noinline)) void QZ_NAME(decode_each)(char *to, const uint8_t *codes, ptrdiff_t count, float scale,
+                                                           float bias, qz_type products, qz_type type) {
+    for (ptrdiff_t i = 0; i < count; i++) {
+        float w = round_one((float)codes[i] * scale, products) + bias;
+        w = round_one(w, products);
+        store_one(to + i * (type == QZ_F32 ? 4 : 2), type, w == w ? w : qz_float_of(0x7fc00000u));
+    }
+}
+
+/* The groups from `first` on: codes to results, by the types of both roundings. A table of results costs as much as
+ * some 30 of them. */
+QZ_INLINE void decode_groups(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
+                             int bits, qz_type products, qz_type type, int stream) {
+    const ptrdiff_t size = job->group_size, step = size * (type == QZ_F32 ? 4 : 2);
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        const float s = job->scales[first + g], b = job->biases[first + g];
+        char *to = job->w + (first + g) * step;
+        if (!isfinite(s) || !isfinite(b) || size % (2 * QZ_LANES) != 0) {
+            QZ_NAME(decode_each)(to, codes + g * size, size, s, b, products, type);
+        } else if (type != QZ_F32 && bits <= 4 && size >= 64) {
+            look_up_group(to, codes + g * size, size, s, b, products, type, stream);
+        } else {
+            decode_group(to, codes + g * size, size, s, b, products, type, stream);
+        }
+    }
+}
+
+QZ_INLINE void decode_products(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
+                               int bits, qz_type type, int stream) {
+    switch (job->round_products_to) {
+    case QZ_F16: decode_groups(job, codes, first, groups, bits, QZ_F16, type, stream); return;
+    case QZ_BF16: decode_groups(job, codes, first, groups, bits, QZ_BF16, type, stream); return;
+    default: decode_groups(job, codes, first, groups, bits, QZ_F32, type, stream); return;
+    }
+}
+
+QZ_INLINE void decode_to(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
+                         int bits, int stream) {
+    switch (job->w_type) {
+    case QZ_F16: decode_products(job, codes, first, groups, bits, QZ_F16, stream); return;
+    case QZ_BF16: decode_products(job, codes, first, groups, bits, QZ_BF16, stream); return;
+    default: decode_products(job, codes, first, groups, bits, QZ_F32, stream); return;
+    }
+}
+
+/* Not inline: it is the same for all formats whose codes stand for themselves. */
+static __attribute__((noinline)) void QZ_NAME(decode)(const qz_dequantize_job *job, const uint8_t *codes,
+                                                      ptrdiff_t first, ptrdiff_t groups, int bits) {
+    if (job->stream) {
+        decode_to(job, codes, first, groups, bits, 1);
+    } else {
+        decode_to(job, codes, first, groups, bits, 0);
     }
 }
 
 QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
-    const ptrdiff_t size = job->group_size;
-    uint8_t codes[QZ_MAX_GROUP];
-    for (ptrdiff_t group = 0; group < job->groups; group++) {
-        unpack_bits(codes, job->packed + group * (size * bits / 8), bits, size);
-        float *w = job->w + group * size, s = job->scales[group], b = job->biases[group];
-        if (job->round_products_to == QZ_F32) {
-            dequantize_group(w, codes, size, s, b, QZ_F32);
-        } else {
-            dequantize_group(w, codes, size, s, b, job->round_products_to);
+    const ptrdiff_t size = job->group_size, most = DECODED / size;
+    uint8_t codes[DECODED];
+    for (ptrdiff_t first = 0; first < job->groups; first += most) {
+        const ptrdiff_t left = job->groups - first, groups = left < most ? left : most;
+        const uint8_t *packed = job->packed + first * size / 8 * bits;
+        unpack_bits(codes, packed, bits, groups * size);
+        for (ptrdiff_t line = 0; line < groups * size / 8 * bits; line += 64) {
+            prefetch(packed + most * size / 8 * bits + line);
         }
-        /* Finite scales and biases make no NaN, even where s * q overflows. */
-        if (!isfinite(s) || !isfinite(b)) make_nan_canonical(w, size);
+        QZ_NAME(decode)(job, codes, first, groups, bits);
     }
+    if (job->stream) stream_end();
 }

@@ -28,10 +28,9 @@ typedef struct module_state {
 
 extern struct PyModuleDef qz_module;
 
-/* ---- compiled kernels (plan.c, kernel.c)
- * ----------------------------------------------------------------------------------------- */
+/* ---- compiled kernels (plan.c, kernel.c) ---- */
 
-ypedef struct op_row {
+typedef struct op_row {
     const char *name;
     op_kind kind;
     const char *mode; /* of formats.def */

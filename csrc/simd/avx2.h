@@ -58,11 +58,6 @@ static inline v_i32 i32_from_u8(const uint8_t *from) {
 static inline v_i32 i32_from_u16(const uint16_t *from) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
 }
-static inline void store_low_u16(uint16_t *to, v_i32 v) {
-    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0xd8);
-    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(v));
-}
 static inline void store_low_u8(uint8_t *to, v_i32 v) {
     const __m256i low_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, //
                                                -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -209,7 +204,11 @@ static inline __m256i fetch_16_codes(__m256i bytes, int bits, int step) {
 static inline __m256i unpack_32_codes(const uint8_t *packed, int bits) {
     __m256i bytes;
     if (bits == 8) return _mm256_loadu_si256((const __m256i *)packed);
-    if (bits >= 4) {
+    if (bits == 4) {
+        __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)packed));
+        return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    }
+    if (bits > 4) {
         bytes = _mm256_loadu2_m128i((const __m128i *)(packed + 4 * bits - 16), (const __m128i *)packed);
     } else {
         int32_t last;
@@ -242,6 +241,108 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     __asm__("" : "+x"(bytes));
     QZ_UNROLL
     for (int i = 0; i < fold; i++) codes[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, i * bits), mask);
+}
+
+/* Elementwise operations. */
+
+#define QZ_BYTES (4 * QZ_LANES)
+typedef __m256i v_bytes;
+
+#define QZ_FUSED 1
+static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm256_fmadd_ps(a, b, c); }
+
+static inline int any_i32(v_i32 mask) { return _mm256_movemask_epi8(mask) != 0; }
+
+/* Each step halves the lanes that are left of a vector and joins two vectors. */
+#define QZ_REDUCE_EACH(name, op)                                                           \
+    static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                                 \
+        return op(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));                     \
+    }                                                                                      \
+    static inline v_f32 name##_of_four(const v_f32 v[4]) {                                 \
+        v_f32 a = name##_of_pair(v[0], v[1]), b = name##_of_pair(v[2], v[3]);              \
+        return op(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));           \
+    }                                                                                      \
+    static inline v_f32 name##_of_each(const v_f32 v[QZ_LANES]) {                          \
+        v_f32 a = name##_of_four(v), b = name##_of_four(v + 4);                            \
+        return op(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)); \
+    }
+QZ_REDUCE_EACH(least, _mm256_min_ps)
+QZ_REDUCE_EACH(greatest, _mm256_max_ps)
+
+#define prefetch(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return _mm256_castps_si256(v); }
+static inline void store_bytes(void *to, v_bytes v) { _mm256_storeu_si256((__m256i *)to, v); }
+static inline void stream_by_16(void *to, v_bytes v) {
+    _mm_stream_si128((__m128i *)to, _mm256_castsi256_si128(v));
+    _mm_stream_si128((__m128i *)to + 1, _mm256_extracti128_si256(v, 1));
+}
+
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
+    __m256i high = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+    return _mm256_permute4x64_epi64(high, 0xd8);
+}
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline v_f32 round_to_f16(v_f32 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+/* The lower and the upper bytes of 16 entries, each in both halves. */
+typedef struct v_table {
+    __m256i low, high;
+} v_table;
+static inline v_table load_table(const uint16_t *entries) {
+    const __m256i all = _mm256_loadu_si256((const __m256i *)entries);
+    const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(all, 8);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+    return (v_table){_mm256_permute4x64_epi64(bytes, 0x44), _mm256_permute4x64_epi64(bytes, 0xee)};
+}
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+    /* The unpacking below takes eight codes out of each half. */
+    __m256i v = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)codes), 0xd8);
+    __m256i low = _mm256_shuffle_epi8(table.low, v), high = _mm256_shuffle_epi8(table.high, v);
+    found[0] = _mm256_unpacklo_epi8(low, high);
+    found[1] = _mm256_unpackhi_epi8(low, high);
+}
+
+static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
+    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+static inline v_bytes min_bytes(v_bytes a, int b) { return _mm256_min_epu8(a, _mm256_set1_epi8((char)b)); }
+
+/* Byte k of a packed run of two 64-bit lanes is byte k % bits of lane k / bits. */
+#define QZ_PACKED_BYTE(bits, k) ((k) < 2 * (bits) ? (k) / (bits) * 8 + (k) % (bits) : -1)
+#define QZ_PACKED_RUN(bits) {QZ_EIGHT(QZ_PACKED_BYTE, bits, 0), QZ_EIGHT(QZ_PACKED_BYTE, bits, 8)}
+static const int8_t packed_bytes[8][16] = {
+    [1] = QZ_PACKED_RUN(1), [2] = QZ_PACKED_RUN(2), [3] = QZ_PACKED_RUN(3), [4] = QZ_PACKED_RUN(4),
+    [5] = QZ_PACKED_RUN(5), [6] = QZ_PACKED_RUN(6), [7] = QZ_PACKED_RUN(7),
+};
+
+/* Neighbours are joined in lanes of 16, 32 and 64 bits by multiplying the upper one by a power of two, and last by a
+ * shift of the lower one to the top and of both back down; a shuffle drops the empty bytes. The factor 2^bits must be a
+ * signed byte. */
+QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
+    if (bits == 8) {
+        _mm256_storeu_si256((__m256i *)packed, codes);
+        return;
+    }
+    if (bits == 7) {
+        uint8_t plain[32];
+        _mm256_storeu_si256((__m256i *)plain, codes);
+        pack_bits(packed, plain, bits, 32);
+        return;
+    }
+    const int empty = 32 - 4 * bits;
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed_bytes[bits]));
+    __m256i v = _mm256_maddubs_epi16(codes, _mm256_set1_epi16((short)(1 | 1 << (8 + bits))));
+    v = _mm256_madd_epi16(v, _mm256_set1_epi32(1 | 1 << (16 + 2 * bits)));
+    v = _mm256_srli_epi64(_mm256_sllv_epi32(v, _mm256_set1_epi64x(empty)), empty);
+    v = _mm256_shuffle_epi8(v, order);
+    _mm_storeu_si128((__m128i *)packed, _mm256_castsi256_si128(v));
+    _mm_storeu_si128((__m128i *)(packed + 2 * bits), _mm256_extracti128_si256(v, 1));
 }
 
 #endif

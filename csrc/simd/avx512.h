@@ -61,9 +61,6 @@ static inline v_i32 i32_from_u16(const uint16_t *from) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
 }
 static inline void store_low_u8(uint8_t *to, v_i32 v) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(v)); }
-static inline void store_low_u16(uint16_t *to, v_i32 v) {
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(v));
-}
 static inline v_f32 f32_from_f16(const uint16_t *from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 }
@@ -207,6 +204,112 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
         __m512i bytes = _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - some / 8 * bits), packed + i / 8 * bits);
         _mm512_mask_storeu_epi8(codes + i, ~UINT64_C(0) >> (64 - some), take_codes(bytes, bits));
     }
+}
+
+/* Elementwise operations. */
+
+#define QZ_BYTES (4 * QZ_LANES)
+typedef __m512i v_bytes;
+
+#define QZ_FUSED 1
+static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm512_fmadd_ps(a, b, c); }
+
+static inline int any_i32(v_i32 mask) { return _mm512_test_epi32_mask(mask, mask) != 0; }
+
+/* Each step halves the lanes that are left of a vector and joins two vectors. */
+#define QZ_REDUCE_EACH(name, op)                                                       \
+    static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                             \
+        return op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));                 \
+    }                                                                                  \
+    static inline v_f32 name##_of_four(const v_f32 v[4]) {                             \
+        v_f32 a = name##_of_pair(v[0], v[1]), b = name##_of_pair(v[2], v[3]);          \
+        return op(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));       \
+    }                                                                                  \
+    static inline v_f32 name##_of_eight(const v_f32 v[8]) {                            \
+        v_f32 a = name##_of_four(v), b = name##_of_four(v + 4);                        \
+        return op(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); \
+    }                                                                                  \
+    static inline v_f32 name##_of_each(const v_f32 v[QZ_LANES]) {                      \
+        v_f32 a = name##_of_eight(v), b = name##_of_eight(v + 8);                      \
+        return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); \
+    }
+QZ_REDUCE_EACH(least, _mm512_min_ps)
+QZ_REDUCE_EACH(greatest, _mm512_max_ps)
+
+#define prefetch(at) _mm_prefetch((const char *)(at), _MM_HINT_T1)
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return _mm512_castps_si512(v); }
+static inline void store_bytes(void *to, v_bytes v) { _mm512_storeu_si512(to, v); }
+static inline void stream_by_16(void *to, v_bytes v) {
+    _mm_stream_si128((__m128i *)to, _mm512_castsi512_si128(v));
+    _mm_stream_si128((__m128i *)to + 1, _mm512_extracti32x4_epi32(v, 1));
+    _mm_stream_si128((__m128i *)to + 2, _mm512_extracti32x4_epi32(v, 2));
+    _mm_stream_si128((__m128i *)to + 3, _mm512_extracti32x4_epi32(v, 3));
+}
+
+static inline v_bytes join_halves(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
+    return join_halves(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)),
+                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(b, 16)));
+}
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    return join_halves(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+}
+
+static inline v_f32 round_to_f16(v_f32 v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+
+typedef __m512i v_table;
+static inline v_table load_table(const uint16_t *entries) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)entries));
+}
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+    for (int i = 0; i < 2; i++) {
+        const __m256i v = _mm256_loadu_si256((const __m256i *)codes + i);
+        found[i] = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(v), table);
+    }
+}
+
+static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_permutexvar_epi32(order, bytes);
+}
+static inline v_bytes min_bytes(v_bytes a, int b) { return _mm512_min_epu8(a, _mm512_set1_epi8((char)b)); }
+
+/* Byte k of the packed run of eight 64-bit lanes is byte k % bits of lane k / bits. */
+#define QZ_PACKED_BYTE(bits, k) ((k) / (bits) * 8 + (k) % (bits)) & 63
+#define QZ_PACKED_8(bits, k)                                                                                        \
+    QZ_PACKED_BYTE(bits, k), QZ_PACKED_BYTE(bits, k + 1), QZ_PACKED_BYTE(bits, k + 2), QZ_PACKED_BYTE(bits, k + 3), \
+        QZ_PACKED_BYTE(bits, k + 4), QZ_PACKED_BYTE(bits, k + 5), QZ_PACKED_BYTE(bits, k + 6),                      \
+        QZ_PACKED_BYTE(bits, k + 7)
+#define QZ_PACKED_RUN(bits)                                                                      \
+    {QZ_PACKED_8(bits, 0),  QZ_PACKED_8(bits, 8),  QZ_PACKED_8(bits, 16), QZ_PACKED_8(bits, 24), \
+     QZ_PACKED_8(bits, 32), QZ_PACKED_8(bits, 40), QZ_PACKED_8(bits, 48), QZ_PACKED_8(bits, 56)}
+static const uint8_t packed_bytes[8][64] = {
+    [1] = QZ_PACKED_RUN(1), [2] = QZ_PACKED_RUN(2), [3] = QZ_PACKED_RUN(3), [4] = QZ_PACKED_RUN(4),
+    [5] = QZ_PACKED_RUN(5), [6] = QZ_PACKED_RUN(6), [7] = QZ_PACKED_RUN(7),
+};
+
+/* As on AVX2, but that one VPERMB gathers the bytes of all lanes. */
+QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
+    if (bits == 8) {
+        _mm512_storeu_si512(packed, codes);
+        return;
+    }
+    if (bits == 7) {
+        uint8_t plain[64];
+        _mm512_storeu_si512(plain, codes);
+        pack_bits(packed, plain, bits, 64);
+        return;
+    }
+    const int empty = 32 - 4 * bits;
+    __m512i v = _mm512_maddubs_epi16(codes, _mm512_set1_epi16((short)(1 | 1 << (8 + bits))));
+    v = _mm512_madd_epi16(v, _mm512_set1_epi32(1 | 1 << (16 + 2 * bits)));
+    v = _mm512_srli_epi64(_mm512_sllv_epi32(v, _mm512_set1_epi64(empty)), (unsigned)empty);
+    v = _mm512_permutexvar_epi8(_mm512_loadu_si512(packed_bytes[bits]), v);
+    _mm512_storeu_si512(packed, v);
 }
 
 #endif

@@ -12,6 +12,7 @@
 
 #include <math.h>
 
+#include "../arch.h"
 #include "../half.h"
 #include "bits.h"
 
@@ -80,10 +81,6 @@ static inline void store_low_u8(uint8_t *to, v_i32 v) {
     for (int i = 0; i < QZ_LANES; i++) to[i] = (uint8_t)v[i];
 }
 /* Arrays of 16-bit floats may stand at odd addresses: plain accesses to them would be undefined. */
-static inline void store_low_u16(uint16_t *to, v_i32 v) {
-    const uint16_t low[QZ_LANES] = {(uint16_t)v[0], (uint16_t)v[1], (uint16_t)v[2], (uint16_t)v[3]};
-    memcpy(to, low, sizeof low);
-}
 static inline v_i32 i32_from_u16(const uint16_t *from) {
     uint16_t x[QZ_LANES];
     memcpy(x, from, sizeof x);
@@ -103,6 +100,102 @@ static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
 /* Writes `count` codes of `bits` bits each, in order; count is a multiple of 8. */
 static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
     unpack_bits_by_8(codes, packed, bits, count);
+}
+
+/* Elementwise operations. Vectors of QZ_BYTES bytes hold codes on their way between lanes and bit streams. */
+
+#define QZ_BYTES (4 * QZ_LANES)
+typedef uint8_t v_bytes __attribute__((vector_size(16)));
+
+/* 1 where fused_f32(a, b, c), which is a * b + c rounded once, is an instruction; it does not exist elsewhere. */
+#define QZ_FUSED 0
+
+static inline int any_i32(v_i32 mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+
+/* Lane i is the least (greatest) lane of v[i]. No NaN among them; of zeros, either. */
+static inline v_f32 least_of_each(const v_f32 v[QZ_LANES]) {
+    v_f32 a = {v[0][0], v[1][0], v[2][0], v[3][0]};
+    for (int i = 1; i < QZ_LANES; i++) a = min_f32((v_f32){v[0][i], v[1][i], v[2][i], v[3][i]}, a);
+    return a;
+}
+static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
+    v_f32 a = {v[0][0], v[1][0], v[2][0], v[3][0]};
+    for (int i = 1; i < QZ_LANES; i++) a = max_f32((v_f32){v[0][i], v[1][i], v[2][i], v[3][i]}, a);
+    return a;
+}
+
+/* Asks for a cache line, which need not be there. Not a function: gcc 12 leaves out calls of one that does no more. */
+#define prefetch(at) __builtin_prefetch(at, 0, 2)
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return (v_bytes)v; }
+static inline void store_bytes(void *to, v_bytes v) { memcpy(to, &v, sizeof v); }
+/* Past the caches, where they can be bypassed, to where 16 bytes are aligned. */
+static inline void stream_by_16(void *to, v_bytes v) { memcpy(to, &v, sizeof v); }
+
+/* The upper halves of all lanes of a, then of b. */
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
+    uint16_t high[2 * QZ_LANES];
+    v_bytes v;
+    for (int i = 0; i < QZ_LANES; i++) {
+        high[i] = (uint16_t)((uint32_t)a[i] >> 16);
+        high[QZ_LANES + i] = (uint16_t)((uint32_t)b[i] >> 16);
+    }
+    memcpy(&v, high, sizeof v);
+    return v;
+}
+/* All lanes of a, then of b, as float16. */
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    uint16_t half[2 * QZ_LANES];
+    v_bytes v;
+    store_f16_from_f32(half, a);
+    store_f16_from_f32(half + QZ_LANES, b);
+    memcpy(&v, half, sizeof v);
+    return v;
+}
+
+static inline v_f32 round_to_f16(v_f32 v) {
+    uint16_t half[QZ_LANES];
+    store_f16_from_f32(half, v);
+    return f32_from_f16(half);
+}
+
+/* A table of 16 entries, and what stands in it at each of QZ_BYTES codes below 16. */
+typedef struct v_table {
+    uint16_t entries[16];
+} v_table;
+static inline v_table load_table(const uint16_t *entries) {
+    v_table table;
+    memcpy(table.entries, entries, sizeof table.entries);
+    return table;
+}
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+    uint16_t each[QZ_BYTES];
+    for (int i = 0; i < QZ_BYTES; i++) each[i] = table.entries[codes[i]];
+    memcpy(found, each, sizeof each);
+}
+
+/* The lanes of a, b, c, d, in this order, as bytes; lanes of -2^31 to 0 give 0, and those from 256 to 2^15 - 1 give
+ * 255. */
+static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
+    const v_i32 v[4] = {a, b, c, d};
+    v_bytes bytes;
+    for (int i = 0; i < 16; i++) {
+        const int32_t lane = v[i / 4][i % 4];
+        bytes[i] = (uint8_t)(lane < 0 ? 0 : lane > 255 ? 255 : lane);
+    }
+    return bytes;
+}
+static inline v_bytes min_bytes(v_bytes a, int b) {
+    for (int i = 0; i < 16; i++) a[i] = a[i] < b ? a[i] : (uint8_t)b;
+    return a;
+}
+
+/* Writes QZ_BYTES codes of `bits` bits each as a bit stream, and may write whatever it likes to the 64 bytes after it.
+ */
+QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
+    uint8_t plain[sizeof codes];
+    memcpy(plain, &codes, sizeof codes);
+    pack_bits(packed, plain, bits, sizeof codes);
 }
 
 #endif

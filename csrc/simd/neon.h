@@ -62,7 +62,6 @@ static inline v_i32 i32_from_u8(const uint8_t *from) {
     uint16x8_t wide = vmovl_u8(vcreate_u8(four));
     return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)));
 }
-static inline void store_low_u16(uint16_t *to, v_i32 v) { vst1_u16(to, vmovn_u32(vreinterpretq_u32_s32(v))); }
 static inline void store_low_u8(uint8_t *to, v_i32 v) {
     uint16x4_t halves = vmovn_u32(vreinterpretq_u32_s32(v));
     uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(halves, halves))), 0);
@@ -186,6 +185,73 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
         vst1q_u8(codes + i, fetch_16_codes(last, at - base, &places));
     }
     unpack_bits_by_8(codes + i, packed + at, bits, count - i);
+}
+
+/* Elementwise operations. */
+
+#define QZ_BYTES (4 * QZ_LANES)
+typedef uint8x16_t v_bytes;
+
+#define QZ_FUSED 1
+static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return vfmaq_f32(c, a, b); }
+
+static inline int any_i32(v_i32 mask) { return vmaxvq_u32(vreinterpretq_u32_s32(mask)) != 0; }
+
+static inline v_f32 least_of_each(const v_f32 v[QZ_LANES]) {
+    return vpminq_f32(vpminq_f32(v[0], v[1]), vpminq_f32(v[2], v[3]));
+}
+static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
+    return vpmaxq_f32(vpmaxq_f32(v[0], v[1]), vpmaxq_f32(v[2], v[3]));
+}
+
+#define prefetch(at) __builtin_prefetch(at, 0, 2)
+
+static inline v_bytes bytes_of_f32(v_f32 v) { return vreinterpretq_u8_f32(v); }
+static inline void store_bytes(void *to, v_bytes v) { vst1q_u8(to, v); }
+static inline void stream_by_16(void *to, v_bytes v) { vst1q_u8(to, v); }
+
+static inline v_bytes high_u16_of_two(v_i32 a, v_i32 b) {
+    return vreinterpretq_u8_u16(vuzp2q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b)));
+}
+static inline v_bytes f16_of_two(v_f32 a, v_f32 b) {
+    return vreinterpretq_u8_f16(vcombine_f16(vcvt_f16_f32(a), vcvt_f16_f32(b)));
+}
+
+static inline v_f32 round_to_f16(v_f32 v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
+
+typedef uint8x16x2_t v_table;
+static inline v_table load_table(const uint16_t *entries) { return vld2q_u8((const uint8_t *)entries); }
+static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+    const uint8x16_t v = vld1q_u8(codes);
+    const uint8x16_t low = vqtbl1q_u8(table.val[0], v), high = vqtbl1q_u8(table.val[1], v);
+    found[0] = vzip1q_u8(low, high);
+    found[1] = vzip2q_u8(low, high);
+}
+
+static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
+    uint16x8_t low = vqmovun_high_s32(vqmovun_s32(a), b), high = vqmovun_high_s32(vqmovun_s32(c), d);
+    return vqmovn_high_u16(vqmovn_u16(low), high);
+}
+static inline v_bytes min_bytes(v_bytes a, int b) { return vminq_u8(a, vdupq_n_u8((uint8_t)b)); }
+
+/* Neighbours are joined in lanes of 16, 32 and 64 bits, the upper one times a power of two; TBL drops the empty
+ * bytes. */
+QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
+    const uint8x16_t ranks = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const uint8x16_t upper = vcgeq_u8(ranks, vdupq_n_u8((uint8_t)bits));
+    const uint8x16_t order = vaddq_u8(ranks, vandq_u8(upper, vdupq_n_u8((uint8_t)(8 - bits))));
+    if (bits == 8) {
+        vst1q_u8(packed, codes);
+        return;
+    }
+    uint16x8_t twos = vreinterpretq_u16_u8(codes);
+    twos = vmlaq_n_u16(vandq_u16(twos, vdupq_n_u16(0xff)), vshrq_n_u16(twos, 8), (uint16_t)(1 << bits));
+    uint32x4_t fours = vreinterpretq_u32_u16(twos);
+    fours = vmlaq_n_u32(vandq_u32(fours, vdupq_n_u32(0xffff)), vshrq_n_u32(fours, 16), 1u << 2 * bits);
+    uint64x2_t eights = vreinterpretq_u64_u32(fours);
+    uint64x2_t high = vshlq_u64(vshrq_n_u64(eights, 32), vdupq_n_s64(4 * bits));
+    eights = vorrq_u64(vandq_u64(eights, vdupq_n_u64(0xffffffff)), high);
+    vst1q_u8(packed, vqtbl1q_u8(vreinterpretq_u8_u64(eights), order));
 }
 
 #endif
