@@ -34,8 +34,10 @@
 
 #ifdef __clang__
 #define QZ_UNROLL _Pragma("clang loop unroll(full)")
+#define QZ_UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
 #else
 #define QZ_UNROLL _Pragma("GCC unroll 16")
+#define QZ_UNROLL_BY_4 _Pragma("GCC unroll 4")
 #endif
 
 #endif

@@ -8,8 +8,9 @@
 #include "args.h"
 #include "formats.h"
 
-/* QZ_TILE_ROWS outputs are summed side by side, since each is a chain of dependent additions. */
-enum { QZ_TILE_ROWS = 16, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
+/* Outputs of one job: QZ_TILE_ROWS where rows of x are few, since each is a chain of dependent additions, and
+ * QZ_PREFILL_ROWS where they are many, so that they stay in the caches meanwhile. */
+enum { QZ_TILE_ROWS = 16, QZ_PREFILL_ROWS = 64, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
 
 /* Bytes after a run of packed codes that a kernel may overwrite, so that it need not count them. */
 enum { QZ_SPILL = 128 };
@@ -28,12 +29,13 @@ typedef struct qz_matmul_job {
     ptrdiff_t w_row_stride;
     qz_scales scales; /* of the first packed row */
     ptrdiff_t group_size;
-    ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_TILE_ROWS; _n: k, all of them */
+    ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_TILE_ROWS or QZ_PREFILL_ROWS; _n: k, all of them */
     ptrdiff_t columns;  /* _t: k, all of them; _n: outputs of this tile, at most QZ_MAX_GROUP, one group */
     const char *x;      /* M rows: _t, as prepare_x left them; _n, float32 */
     ptrdiff_t x_stride; /* bytes from row to row */
     ptrdiff_t m;
-    float *y; /* [m][QZ_TILE_ROWS] for _t, [m][QZ_MAX_GROUP] for _n: set, not added to */
+    float *y; /* [m][y_stride]: set, not added to; y_stride is the largest tile's outputs */
+    ptrdiff_t y_stride;
 } qz_matmul_job;
 
 typedef struct qz_quantize_job {
@@ -55,14 +57,19 @@ typedef struct qz_dequantize_job {
     int stream;                /* stores bypass the caches; w is aligned to 16 bytes */
 } qz_dequantize_job;
 
+typedef struct qz_matmul_kernel {
+    /* x in the form that multiply reads: bytes for one row, and the conversion, which returns 0 if an element of the
+       row is not finite. */
+    size_t (*prepared_size)(ptrdiff_t k);
+    int (*prepare_x)(char *prepared, const float *x, ptrdiff_t k);
+    void (*multiply)(const qz_matmul_job *);
+} qz_matmul_kernel;
+
 typedef struct qz_format_kernels {
     void (*quantize[QZ_PROFILES])(const qz_quantize_job *);
     void (*dequantize)(const qz_dequantize_job *);
-    /* x in the form that matmul_t reads: bytes for one row, and the conversion, which returns 0 if an element of the
-       row is not finite. Index: digits - 1. */
-    size_t (*prepared_size[QZ_MAX_DIGITS])(ptrdiff_t k);
-    int (*prepare_x[QZ_MAX_DIGITS])(char *prepared, const float *x, ptrdiff_t k);
-    void (*matmul_t[QZ_MAX_DIGITS])(const qz_matmul_job *);
+    /* y = x Wᵀ for few rows of x and for many; same bits. Index: digits - 1. */
+    qz_matmul_kernel decode_t[QZ_MAX_DIGITS], prefill_t[QZ_MAX_DIGITS];
     void (*matmul_n[QZ_MAX_DIGITS])(const qz_matmul_job *);
 } qz_format_kernels;
 

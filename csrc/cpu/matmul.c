@@ -1,6 +1,5 @@
 /* Loops, blocking and threads of the exact class of matmul: x is prepared once for all weights, threads share out tiles
  * of outputs (and rows of x where outputs are few), never k. */
-#include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -8,6 +7,9 @@
 #include "scratch.h"
 #include "select.h"
 #include "threads.h"
+
+/* From so many rows on, transposing the codes pays. */
+enum { MIN_PREFILL = 8 };
 
 /* Rows of x that are prepared together, and the bytes they may take where a row is long. */
 enum { MAX_ROWS_T = 128, MAX_ROWS_N = 32, MIN_ROWS = 8 };
@@ -23,6 +25,7 @@ static const double longest = 1 << 24;
 typedef struct chunk {
     const qz_plan *plan;
     const qz_format_kernels *kernels;
+    const qz_matmul_kernel *kernel; /* of y = x Wᵀ */
     const qz_matmul_args *args;
     qz_matmul_job base; /* the weights, from their first row on */
     ptrdiff_t n, k, group_size;
@@ -50,7 +53,7 @@ static void prepare_rows(void *context, ptrdiff_t begin, ptrdiff_t end) {
         const float *row = row_as_f32(c, m);
         if (!c->args->transpose) continue;
         char *to = c->x + (size_t)m * c->x_stride;
-        c->not_finite[m] = !c->kernels->prepare_x[c->args->digits - 1](to, row, c->k);
+        c->not_finite[m] = !c->kernel->prepare_x(to, row, c->k);
     }
 }
 
@@ -74,19 +77,19 @@ static qz_matmul_job job_of_tile(const chunk *c, ptrdiff_t column) {
 
 static void store_tile(const chunk *c, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t column) {
     const qz_array *y = &c->args->y;
-    ptrdiff_t pitch = c->args->transpose ? QZ_TILE_ROWS : QZ_MAX_GROUP, stride = qz_last_stride(y);
+    ptrdiff_t stride = qz_last_stride(y);
     ptrdiff_t count = c->args->transpose ? job->rows : job->columns;
     for (ptrdiff_t m = 0; m < job->m; m++) {
         if (c->not_finite[first + m]) continue;
         char *to = qz_element(y, y->ndim - 1, c->first + first + m) + column * stride;
-        c->plan->kernels->store(to, stride, y->type, job->y + m * pitch, count);
+        c->plan->kernels->store(to, stride, y->type, job->y + m * job->y_stride, count);
     }
 }
 
 static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
     const chunk *c = context;
-    _Alignas(64) float y[MAX_ROWS_T * QZ_TILE_ROWS > MAX_ROWS_N * QZ_MAX_GROUP ? MAX_ROWS_T * QZ_TILE_ROWS
-                                                                               : MAX_ROWS_N * QZ_MAX_GROUP];
+    _Alignas(64) float y[MAX_ROWS_T * QZ_PREFILL_ROWS];
+    _Static_assert(QZ_TILE_ROWS <= QZ_PREFILL_ROWS && MAX_ROWS_N * QZ_MAX_GROUP <= MAX_ROWS_T * QZ_PREFILL_ROWS, "y");
     for (ptrdiff_t piece = begin; piece < end; piece++) {
         ptrdiff_t column = piece / c->parts * c->tile, part = piece % c->parts;
         ptrdiff_t first = c->m * part / c->parts, last = c->m * (part + 1) / c->parts;
@@ -95,8 +98,9 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
         job.x_stride = (ptrdiff_t)c->x_stride;
         job.m = last - first;
         job.y = y;
+        job.y_stride = c->tile;
         if (c->args->transpose) {
-            c->kernels->matmul_t[c->args->digits - 1](&job);
+            c->kernel->multiply(&job);
         } else {
             c->kernels->matmul_n[c->args->digits - 1](&job);
         }
@@ -104,9 +108,11 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
     }
 }
 
+static int is_prefill(const chunk *c) { return c->kernel == &c->kernels->prefill_t[c->args->digits - 1]; }
+
 static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     ptrdiff_t threads = run->threads ? run->threads : qz_get_num_threads();
-    c->tile = c->args->transpose ? QZ_TILE_ROWS : c->group_size;
+    c->tile = !c->args->transpose ? c->group_size : is_prefill(c) ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
     c->tiles = (c->n + c->tile - 1) / c->tile;
     c->parts = (4 * threads + c->tiles - 1) / c->tiles;
     if (c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;
@@ -128,12 +134,13 @@ static qz_status multiply_not_finite(const chunk *c, char *record, const qz_run 
         chunk one = *c;
         one.plan = &plan;
         one.kernels = definition->format(c->args->format, c->args->group_slot);
+        one.kernel = &one.kernels->decode_t[c->args->digits - 1];
         one.first = c->first + m;
         one.m = 1;
         one.not_finite = &finite;
         qz_status status = qz_poll_between(run, c->polled);
         if (status != QZ_OK) return status;
-        one.kernels->prepare_x[c->args->digits - 1](record, row_as_f32(c, m), c->k);
+        one.kernel->prepare_x(record, row_as_f32(c, m), c->k);
         one.x = record;
         share_out(&one, run, &grain);
         status = qz_parallel(multiply_tiles, &one, one.tiles * one.parts, grain, run);
@@ -221,14 +228,15 @@ static int is_aligned(const qz_array *array) {
     return places % sizeof(float) == 0;
 }
 
-static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows) {
+static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows, qz_arena *arena) {
     const qz_matmul_args *a = c->args;
     const qz_array *w = &a->w;
     size_t k = (size_t)c->k, digits = (size_t)a->digits - 1;
     const qz_format_kernels *definition = qz_definition()->format(a->format, a->group_slot);
+    c->kernel = rows < MIN_PREFILL ? &c->kernels->decode_t[digits] : &c->kernels->prefill_t[digits];
     int strided = qz_last(w) > 1 && qz_last_stride(w) != 4;
     c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4 && is_aligned(&a->x);
-    c->staged = a->transpose ? (c->kernels->prepared_size[digits](c->k) + 63) / 64 * 64 : 0;
+    c->staged = a->transpose ? (c->kernel->prepared_size(c->k) + 63) / 64 * 64 : 0;
     c->x_stride = c->staged + (c->in_place ? 0 : (k * sizeof(float) + 63) / 64 * 64);
     b->max_rows = a->transpose ? MAX_ROWS_T : MAX_ROWS_N;
     if (c->x_stride && (size_t)b->max_rows > prepared_bytes / c->x_stride) {
@@ -236,10 +244,10 @@ static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows) {
     }
     if (b->max_rows < MIN_ROWS) b->max_rows = MIN_ROWS;
     if (b->max_rows > rows) b->max_rows = rows;
-    b->x = qz_scratch((size_t)b->max_rows * c->x_stride);
-    b->not_finite = qz_scratch((size_t)b->max_rows);
-    b->record = a->transpose ? qz_scratch(definition->prepared_size[digits](c->k)) : NULL;
-    b->words = strided ? qz_scratch((size_t)w->shape[w->ndim - 2] * (size_t)qz_last(w) * 4) : NULL;
+    b->x = qz_arena_take(arena, (size_t)b->max_rows * c->x_stride);
+    b->not_finite = qz_arena_take(arena, (size_t)b->max_rows);
+    b->record = a->transpose ? qz_arena_take(arena, definition->decode_t[digits].prepared_size(c->k)) : NULL;
+    b->words = strided ? qz_arena_take(arena, (size_t)w->shape[w->ndim - 2] * (size_t)qz_last(w) * 4) : NULL;
     return b->x && b->not_finite && (b->record || !a->transpose) && (b->words || !strided);
 }
 
@@ -273,10 +281,10 @@ qz_status qz_cpu_matmul(const qz_plan *plan, const qz_matmul_args *args, const q
         rows *= batch;
         batch = 1;
     }
-    qz_status status = take_buffers(&b, &c, rows) ? multiply_matrices(&c, &b, batch, rows, run) : QZ_NO_MEMORY;
-    free(b.x);
-    free(b.not_finite);
-    free(b.record);
-    free(b.words);
+    qz_arena arena;
+    qz_arena_open(&arena);
+    qz_status status = QZ_NO_MEMORY;
+    if (take_buffers(&b, &c, rows, &arena)) status = multiply_matrices(&c, &b, batch, rows, run);
+    qz_arena_release(&arena);
     return status;
 }

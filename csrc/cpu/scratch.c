@@ -1,4 +1,3 @@
-#define _POSIX_C_SOURCE 200809L
 #include "scratch.h"
 
 #include <stdatomic.h>
@@ -12,12 +11,6 @@ static _Atomic int successes_left = -1;
 void qz_fail_scratch_after(int successes) { atomic_store(&successes_left, successes); }
 
 static int is_to_fail(void) { return atomic_load(&successes_left) >= 0 && atomic_fetch_sub(&successes_left, 1) == 0; }
-
-void *qz_scratch(size_t size) {
-    void *memory = NULL;
-    if (is_to_fail()) return NULL;
-    return posix_memalign(&memory, ALIGNMENT, size ? size : ALIGNMENT) == 0 ? memory : NULL;
-}
 
 /* A piece from the heap: a pointer to the one before, then the aligned memory. malloc and rounding up take half the
    time of posix_memalign, which cuts what it rounds off into a chunk of its own. */

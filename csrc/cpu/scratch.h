@@ -5,9 +5,6 @@
 #include <stdalign.h>
 #include <stddef.h>
 
-/* 64-byte aligned; NULL if there is not enough memory. Released by free(). */
-void *qz_scratch(size_t size);
-
 /* Under AddressSanitizer every piece comes from the heap, where the sanitizer sees its ends. */
 #if defined(__SANITIZE_ADDRESS__)
 #define QZ_ARENA_BYTES 64

@@ -13,8 +13,11 @@
 #include "../kernels/quantize.h"
 
 #define QZ_MATMUL_NOTE "the definition in scalar C"
-#define QZ_PREPARED_SIZE(k, block, digits) definition_size(k, block)
-#define QZ_PREPARE definition_prepare
-#define QZ_MATMUL_T definition_matmul_t
+#define QZ_DECODE_SIZE(k, bits, block, digits) definition_size(k, block)
+#define QZ_DECODE_PREPARE definition_prepare
+#define QZ_DECODE_T definition_matmul_t
+#define QZ_PREFILL_SIZE QZ_DECODE_SIZE
+#define QZ_PREFILL_PREPARE definition_prepare
+#define QZ_PREFILL_T definition_matmul_t
 #define QZ_MATMUL_N definition_matmul_n
 #include "../kernels/table.h"

@@ -173,32 +173,32 @@ QZ_INLINE void add_terms_in_order(float *y, const float *terms, ptrdiff_t pitch,
     }
 }
 
-QZ_INLINE void decode_t(const qz_matmul_job *job, int bits, int block, int per_group, int digits) {
+QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int per_group, int digits) {
     const ptrdiff_t blocks = (job->columns / block + QZ_LANES - 1) / QZ_LANES * QZ_LANES;
     const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, pitch = blocks < fit ? blocks : fit;
     _Alignas(64) float terms[QZ_TERMS];
-    memset(job->y, 0, (size_t)(job->m * QZ_TILE_ROWS) * sizeof *job->y);
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     if (job->rows < QZ_TILE_ROWS) memset(terms, 0, sizeof terms);
     for (ptrdiff_t begin = 0; begin < blocks; begin += pitch) {
         ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
         panel_terms(terms, pitch, job, begin, end, bits, block, per_group, digits);
         for (ptrdiff_t m = 0; m < job->m; m++) {
-            add_terms_in_order(job->y + m * QZ_TILE_ROWS, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);
+            add_terms_in_order(job->y + m * job->y_stride, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);
         }
     }
-    make_nan_canonical(job->y, job->m * QZ_TILE_ROWS);
+    make_nan_canonical(job->y, job->m * job->y_stride);
 }
 
-QZ_INLINE void matmul_t(const qz_matmul_job *job, int bits, int block, int digits) {
+QZ_INLINE void decode_t(const qz_matmul_job *job, int bits, int block, int digits) {
     for (ptrdiff_t m = 0; m < job->m; m += QZ_DECODE_ROWS) {
         qz_matmul_job some = *job;
         some.x += m * job->x_stride;
-        some.y += m * QZ_TILE_ROWS;
+        some.y += m * job->y_stride;
         some.m = job->m - m < QZ_DECODE_ROWS ? job->m - m : QZ_DECODE_ROWS;
         if (job->group_size == block) {
-            decode_t(&some, bits, block, 1, digits);
+            decode_rows(&some, bits, block, 1, digits);
         } else {
-            decode_t(&some, bits, block, 2, digits);
+            decode_rows(&some, bits, block, 2, digits);
         }
     }
 }
@@ -299,12 +299,12 @@ static void add_terms_n_not_finite(float *y, const float *x, const panel_n *pane
 
 QZ_INLINE void matmul_n(const qz_matmul_job *job, int bits, int digits) {
     panel_n panel;
-    memset(job->y, 0, (size_t)(job->m * QZ_MAX_GROUP) * sizeof *job->y);
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     for (ptrdiff_t first = 0; first < job->rows; first += QZ_MAX_BLOCK) {
         ptrdiff_t count = job->rows - first < QZ_MAX_BLOCK ? job->rows - first : QZ_MAX_BLOCK;
         load_panel_n(&panel, job, first, count, bits);
         for (ptrdiff_t m = 0; m < job->m; m++) {
-            float x[QZ_MAX_BLOCK] = {0}, *y = job->y + m * QZ_MAX_GROUP;
+            float x[QZ_MAX_BLOCK] = {0}, *y = job->y + m * job->y_stride;
             row_n row;
             memcpy(x, (const float *)(job->x + m * job->x_stride) + first, (size_t)count * sizeof *x);
             if (prepare_row_n(&row, x, &panel, bits, digits)) {
@@ -314,5 +314,5 @@ QZ_INLINE void matmul_n(const qz_matmul_job *job, int bits, int digits) {
             }
         }
     }
-    make_nan_canonical(job->y, job->m * QZ_MAX_GROUP);
+    make_nan_canonical(job->y, job->m * job->y_stride);
 }

@@ -129,7 +129,7 @@ QZ_INLINE float definition_output_t(const qz_matmul_job *job, ptrdiff_t row, con
 QZ_INLINE void definition_matmul_t(const qz_matmul_job *job, int bits, int block, int digits) {
     for (ptrdiff_t m = 0; m < job->m; m++) {
         for (ptrdiff_t row = 0; row < job->rows; row++) {
-            float *y = job->y + m * QZ_TILE_ROWS + row;
+            float *y = job->y + m * job->y_stride + row;
             *y = definition_output_t(job, row, job->x + m * job->x_stride, bits, block, digits);
             make_nan_canonical(y, 1);
         }
@@ -166,9 +166,9 @@ static void definition_block_n(block_n *to, const qz_matmul_job *job, ptrdiff_t 
 
 QZ_INLINE void definition_matmul_n(const qz_matmul_job *job, int bits, int digits) {
     const int p = fixed_point_bits(bits, QZ_MAX_BLOCK, digits), wide = is_wide(bits, QZ_MAX_BLOCK, digits);
-    memset(job->y, 0, (size_t)(job->m * QZ_MAX_GROUP) * sizeof *job->y);
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     for (ptrdiff_t m = 0; m < job->m; m++) {
-        float *y = job->y + m * QZ_MAX_GROUP;
+        float *y = job->y + m * job->y_stride;
         for (ptrdiff_t first = 0; first < job->rows; first += QZ_MAX_BLOCK) {
             ptrdiff_t n = job->rows - first < QZ_MAX_BLOCK ? job->rows - first : QZ_MAX_BLOCK;
             block_n block;
@@ -182,5 +182,5 @@ QZ_INLINE void definition_matmul_n(const qz_matmul_job *job, int bits, int digit
             }
         }
     }
-    make_nan_canonical(job->y, job->m * QZ_MAX_GROUP);
+    make_nan_canonical(job->y, job->m * job->y_stride);
 }

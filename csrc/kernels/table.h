@@ -3,24 +3,28 @@
 
 #define QZ_SLOT_BLOCK(group_size) QZ_BLOCK((group_size) ? (group_size) : QZ_MAX_BLOCK)
 
-/* Group sizes with the same block share one kernel: the slot hands on to the one before it. */
-#define QZ_DEFINE_DIGITS(name, slot, before, bits, block, block_before, digits)                             \
-    static size_t QZ_NAME(prepared_size_##name##_##slot##_##digits)(ptrdiff_t k) {                          \
-        return QZ_PREPARED_SIZE(k, block, digits);                                                          \
-    }                                                                                                       \
-    static int QZ_NAME(prepare_x_##name##_##slot##_##digits)(char *prepared, const float *x, ptrdiff_t k) { \
-        if (slot > 0 && (block) == (block_before)) {                                                        \
-            return QZ_NAME(prepare_x_##name##_##before##_##digits)(prepared, x, k);                         \
-        }                                                                                                   \
-        return QZ_PREPARE(prepared, x, k, bits, block, digits);                                             \
-    }                                                                                                       \
-    static void QZ_NAME(matmul_t_##name##_##slot##_##digits)(const qz_matmul_job *job) {                    \
-        if (slot > 0 && (block) == (block_before)) {                                                        \
-            QZ_NAME(matmul_t_##name##_##before##_##digits)(job);                                            \
-        } else {                                                                                            \
-            QZ_MATMUL_T(job, bits, block, digits);                                                          \
-        }                                                                                                   \
+/* Group sizes with the same block share one kernel: the slot hands on to the one before it. KIND is DECODE or PREFILL,
+ * whose functions the unit has named. */
+#define QZ_DEFINE_MATMUL(kind, KIND, name, slot, before, bits, block, block_before, digits)                      \
+    static size_t QZ_NAME(kind##_size_##name##_##slot##_##digits)(ptrdiff_t k) {                                 \
+        return QZ_##KIND##_SIZE(k, bits, block, digits);                                                         \
+    }                                                                                                            \
+    static int QZ_NAME(kind##_prepare_##name##_##slot##_##digits)(char *prepared, const float *x, ptrdiff_t k) { \
+        if (slot > 0 && (block) == (block_before)) {                                                             \
+            return QZ_NAME(kind##_prepare_##name##_##before##_##digits)(prepared, x, k);                         \
+        }                                                                                                        \
+        return QZ_##KIND##_PREPARE(prepared, x, k, bits, block, digits);                                         \
+    }                                                                                                            \
+    static void QZ_NAME(kind##_multiply_##name##_##slot##_##digits)(const qz_matmul_job *job) {                  \
+        if (slot > 0 && (block) == (block_before)) {                                                             \
+            QZ_NAME(kind##_multiply_##name##_##before##_##digits)(job);                                          \
+        } else {                                                                                                 \
+            QZ_##KIND##_T(job, bits, block, digits);                                                             \
+        }                                                                                                        \
     }
+#define QZ_DEFINE_DIGITS(...)                     \
+    QZ_DEFINE_MATMUL(decode, DECODE, __VA_ARGS__) \
+    QZ_DEFINE_MATMUL(prefill, PREFILL, __VA_ARGS__)
 
 #define QZ_DEFINE_SLOT(name, slot, before, bits, group_size, size_before)                                \
     QZ_DEFINE_DIGITS(name, slot, before, bits, QZ_SLOT_BLOCK(group_size), QZ_SLOT_BLOCK(size_before), 1) \
@@ -48,12 +52,15 @@
 #undef QZ_FORMAT
 
 #define QZ_BY_DIGITS(kernel) {QZ_NAME(kernel##_1), QZ_NAME(kernel##_2), QZ_NAME(kernel##_3)}
+#define QZ_KERNEL(kind, which) \
+    {QZ_NAME(kind##_size_##which), QZ_NAME(kind##_prepare_##which), QZ_NAME(kind##_multiply_##which)}
+#define QZ_KERNELS_BY_DIGITS(kind, which) \
+    {QZ_KERNEL(kind, which##_1), QZ_KERNEL(kind, which##_2), QZ_KERNEL(kind, which##_3)}
 #define QZ_SLOT(name, slot)                                                                                  \
     {{[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}, \
      QZ_NAME(dequantize_##name),                                                                             \
-     QZ_BY_DIGITS(prepared_size_##name##_##slot),                                                            \
-     QZ_BY_DIGITS(prepare_x_##name##_##slot),                                                                \
-     QZ_BY_DIGITS(matmul_t_##name##_##slot),                                                                 \
+     QZ_KERNELS_BY_DIGITS(decode, name##_##slot),                                                            \
+     QZ_KERNELS_BY_DIGITS(prefill, name##_##slot),                                                           \
      QZ_BY_DIGITS(matmul_n_##name)}
 #define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias) \
     {QZ_SLOT(name, 0), QZ_SLOT(name, 1), QZ_SLOT(name, 2)},

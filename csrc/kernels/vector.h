@@ -8,12 +8,17 @@
 #include "planes.h"
 
 #include "matmul.h"
+#include "tile.h"
+#include "prefill.h"
 #include "probe.h"
 #include "quantize.h"
 
 #define QZ_MATMUL_NOTE "digit planes, " QZ_DOT_NAME
-#define QZ_PREPARED_SIZE planes_size
-#define QZ_PREPARE prepare_planes
-#define QZ_MATMUL_T matmul_t
+#define QZ_DECODE_SIZE(k, bits, block, digits) planes_size(k, block, digits)
+#define QZ_DECODE_PREPARE prepare_planes
+#define QZ_DECODE_T decode_t
+#define QZ_PREFILL_SIZE strips_size
+#define QZ_PREFILL_PREPARE prepare_strips
+#define QZ_PREFILL_T prefill_t
 #define QZ_MATMUL_N matmul_n
 #include "table.h"

@@ -117,6 +117,49 @@ QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, i
     return sum;
 }
 
+/* Tiles. Four rows of x by two vectors: eight sums, two vectors of codes, one of x and one product.
+ *
+ * v_sums: int16, two a lane, which take QZ_QUADS_TOGETHER quads of digits of at most `most`, a power of two or enough.
+ * QZ_PAIRS: sums over int16 pairs are offered as well. */
+#define QZ_TILE_M 4
+#define QZ_TILE_VECTORS 2
+#define QZ_PAIRS 1
+#define QZ_QUADS_TOGETHER(bits, most)                          \
+    ((bits) == 8                                          ? 1  \
+     : (32767 / (2 * (most) * ((1 << (bits)) - 1))) >= 16 ? 16 \
+                                                          : 32767 / (2 * (most) * ((1 << (bits)) - 1)))
+typedef __m256i v_sums; /* int16, two a lane */
+static inline v_sums no_sums(void) { return _mm256_setzero_si256(); }
+/* As assembly, since compilers keep a sum in one register through the loop only if they cannot see what is done to it.
+ */
+static inline v_sums add_quad(v_sums sum, v_u8 codes, v_u8 digits, int bits) {
+    __m256i product;
+    (void)bits;
+    __asm__("vpmaddubsw %[x], %[codes], %[product]\n\t"
+            "vpaddw %[product], %[sum], %[sum]"
+            : [sum] "+x"(sum), [product] "=&x"(product)
+            : [codes] "x"(codes), [x] "x"(digits));
+    return sum;
+}
+static inline v_i32 widen_sums(v_i32 sum, v_sums some) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(some, _mm256_set1_epi16(1)));
+}
+static inline v_i32 add_pair(v_i32 sum, v_i32 codes, v_u8 x) {
+    __m256i product;
+    __asm__("vpmaddwd %[x], %[codes], %[product]\n\t"
+            "vpaddd %[product], %[sum], %[sum]"
+            : [sum] "+x"(sum), [product] "=&x"(product)
+            : [codes] "x"(codes), [x] "x"(x));
+    return sum;
+}
+static inline void pairs_of_quads(v_i32 pairs[2], v_u8 quads, int centre) {
+    const __m256i low = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, //
+                                         0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
+    const __m256i c = _mm256_set1_epi16((short)centre);
+    pairs[0] = _mm256_sub_epi16(_mm256_shuffle_epi8(quads, low), c);
+    pairs[1] = _mm256_sub_epi16(_mm256_shuffle_epi8(_mm256_srli_epi32(quads, 16), low), c);
+}
+
 static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
     return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
 }
@@ -227,6 +270,11 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
         _mm256_storeu_si256((__m256i *)(codes + i), unpack_32_codes(packed + i / 8 * bits, bits));
     }
     unpack_bits_by_8(codes + i, packed + i / 8 * bits, bits, count - i);
+}
+
+QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count) {
+    (void)count;
+    return unpack_32_codes(packed, bits);
 }
 
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {

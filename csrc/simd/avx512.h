@@ -79,7 +79,14 @@ static inline void store_u8(uint8_t *to, v_u8 v) { _mm512_storeu_si512(to, v); }
 
 static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
     (void)bits;
+#ifdef QZ_EMULATE_AVX512
     return _mm512_dpbusd_epi32(sum, codes, digits);
+#else
+    /* As assembly, since compilers keep the sums of a tile in registers only if they cannot see what is done to them.
+     */
+    __asm__("vpdpbusd %[x], %[codes], %[sum]" : [sum] "+v"(sum) : [codes] "v"(codes), [x] "vm"(digits));
+    return sum;
+#endif
 }
 
 QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits) {
@@ -179,12 +186,18 @@ static inline __m512i take_codes(__m512i bytes, int bits) {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(fetch, bytes)), mask);
 }
 
+QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count) {
+    const ptrdiff_t some = count < 64 ? count : 64;
+    if (bits == 8 && count >= 64) return load_u8(packed);
+    __m512i bytes = _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - some / 8 * bits), packed);
+    return bits == 8 ? bytes : take_codes(bytes, bits);
+}
+
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     const int fold = QZ_FOLD(bits);
     const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
     if (fold == 1) {
-        __m512i bytes = bits == 8 ? load_u8(packed) : _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - 8 * bits), packed);
-        codes[0] = bits == 8 ? bytes : take_codes(bytes, bits);
+        codes[0] = unpack_in_order(packed, bits, 64);
         return;
     }
     v_u8 bytes = load_u8(packed);
@@ -201,10 +214,15 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
 static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += 64) {
         ptrdiff_t some = count - i < 64 ? count - i : 64; /* a multiple of 8 */
-        __m512i bytes = _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - some / 8 * bits), packed + i / 8 * bits);
-        _mm512_mask_storeu_epi8(codes + i, ~UINT64_C(0) >> (64 - some), take_codes(bytes, bits));
+        __m512i in_order = unpack_in_order(packed + i / 8 * bits, bits, some);
+        _mm512_mask_storeu_epi8(codes + i, ~UINT64_C(0) >> (64 - some), in_order);
     }
 }
+
+/* Tiles: eight rows of x by two vectors, 16 sums, as many as hide the latency of VPDPBUSD; more rows would need more
+ * addresses than there are registers for them. */
+#define QZ_TILE_M 8
+#define QZ_TILE_VECTORS 2
 
 /* Elementwise operations. */
 

@@ -27,6 +27,9 @@ QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, i
  * QZ_FOLD(bits) * i + j of every i. Widths that do not divide a byte come in order, one vector of them. */
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits);
 
+/* One vector of codes in order, of which `count`, a multiple of 32 or more than there are, are read. */
+QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count);
+
 /* Of `lanes` vectors, each of which holds QZ_LANES / lanes blocks of `lanes` neighbouring lanes, the sums of all
  * QZ_LANES blocks, in order, modulo 2^32. lanes is a power of two up to QZ_LANES. */
 QZ_INLINE v_i32 sum_blocks(const v_i32 *sums, int lanes);
@@ -36,6 +39,12 @@ QZ_INLINE void transpose_f32(v_f32 *rows);
 
 /* v[0] v[0] v[1] v[1] ...: the lower half, every lane twice. */
 static inline v_f32 double_lanes(v_f32 v);
+
+/* For tiles (kernels/tile.h), whose lanes are outputs:
+ *
+ * QZ_TILE_VECTORS, QZ_TILE_M   vectors of outputs, and rows of x, whose sums fit the registers
+ *
+ * A header may offer sums over int16 pairs, too, as avx2.h does: QZ_PAIRS. */
 
 /* a[0] b[0] c[0] d[0] a[1] b[1] ...: four vectors of bytes. */
 static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d);

@@ -146,15 +146,19 @@ static inline uint8x16_t fetch_16_codes(uint8x16_t bytes, ptrdiff_t at, const co
     return vandq_u8(vorrq_u8(low, high), p->mask);
 }
 
+QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count) {
+    (void)count;
+    if (bits == 8) return vld1q_u8(packed);
+    const code_places places = places_of_codes(bits);
+    uint8_t bytes[16] = {0};
+    memcpy(bytes, packed, (size_t)(2 * bits));
+    return fetch_16_codes(vld1q_u8(bytes), 0, &places);
+}
+
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     const int fold = QZ_FOLD(bits);
-    if (bits == 8) {
-        codes[0] = vld1q_u8(packed);
-    } else if (fold == 1) {
-        const code_places places = places_of_codes(bits);
-        uint8_t bytes[16] = {0};
-        memcpy(bytes, packed, (size_t)(2 * bits));
-        codes[0] = fetch_16_codes(vld1q_u8(bytes), 0, &places);
+    if (fold == 1) {
+        codes[0] = unpack_in_order(packed, bits, 16);
     } else {
         const uint8x16_t mask = vdupq_n_u8((uint8_t)((1 << bits) - 1)), bytes = vld1q_u8(packed);
         QZ_UNROLL
@@ -186,6 +190,10 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
     }
     unpack_bits_by_8(codes + i, packed + at, bits, count - i);
 }
+
+/* Tiles: four rows of x by four vectors, 16 sums. */
+#define QZ_TILE_M 4
+#define QZ_TILE_VECTORS 4
 
 /* Elementwise operations. */
 

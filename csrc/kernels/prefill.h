@@ -1,0 +1,185 @@
+/* y = x Wᵀ for many rows of x. The codes of QZ_TILE_OUTPUTS weight rows are unpacked and transposed once per chunk of
+ * k, then multiplied with every row of x. Same integers and same float operations in the same order as in matmul.h. */
+
+/* Blocks of k in a panel, which stays in the first level of the caches while the rows of x pass by. */
+enum { QZ_PANEL_BLOCKS = 8, QZ_PANEL_K = QZ_PANEL_BLOCKS * QZ_MAX_BLOCK };
+
+typedef struct panel_t {
+    _Alignas(64) code_quads quads[QZ_PANEL_K / 4];
+#if QZ_PAIRS
+    code_pairs pairs[QZ_PANEL_K / 2];
+#endif
+    float scales[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS], centred[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS]; /* centred: b + c s */
+    int32_t excess[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS]; /* of the dots with low pairs: pair_excess times the codes' sum */
+} panel_t;
+
+/* Centres the codes of a block as pairs. */
+#if QZ_PAIRS
+QZ_INLINE void pair_codes(panel_t *panel, int block, int b, int bits, int wide) {
+    const v_i32 twice = set1_i32(pair_excess(wide) * 65537);
+    v_i32 excess[QZ_TILE_VECTORS];
+    QZ_UNROLL
+    for (int v = 0; v < QZ_TILE_VECTORS; v++) excess[v] = set1_i32(0);
+    for (int k = b * block / 4; k < (b + 1) * block / 4; k++) {
+        QZ_UNROLL
+        for (int v = 0; v < QZ_TILE_VECTORS; v++) {
+            v_i32 two[2];
+            pairs_of_quads(two, load_u8(panel->quads[k][v * QZ_LANES]), QZ_CENTRE(bits));
+            store_u8((uint8_t *)panel->pairs[2 * k][v * QZ_LANES], (v_u8)two[0]);
+            store_u8((uint8_t *)panel->pairs[2 * k + 1][v * QZ_LANES], (v_u8)two[1]);
+            if (wide) excess[v] = add_pair(add_pair(excess[v], two[0], twice), two[1], twice);
+        }
+    }
+    QZ_UNROLL
+    for (int v = 0; v < QZ_TILE_VECTORS && wide; v++) store_i32(panel->excess[b] + v * QZ_LANES, excess[v]);
+}
+#endif
+
+/* Numbers of QZ_LANES weight rows become columns: QZ_PANEL_BLOCKS of them, of `type`, of which `count` are there. */
+QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char *from, const ptrdiff_t rows[QZ_LANES],
+                            ptrdiff_t stride, qz_type type, int blocks, int per_group) {
+    float numbers[QZ_LANES][QZ_PANEL_BLOCKS];
+    for (int i = 0; i < QZ_LANES; i++) {
+        QZ_NAME(load)(numbers[i], from + rows[i], stride, type, (blocks + per_group - 1) / per_group);
+    }
+    for (int b = 0; b < blocks; b++) {
+        QZ_UNROLL
+        for (int i = 0; i < QZ_LANES; i++) to[b][first + i] = numbers[i][b / per_group];
+    }
+}
+
+/* The codes and scales of QZ_LANES weight rows; the last of the job stands in for those beyond. */
+QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul_job *job, ptrdiff_t row,
+                               ptrdiff_t first, int blocks, int bits, int block, int per_group) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t group = first / per_group, count = blocks * block;
+    const uint8_t *w[QZ_LANES];
+    ptrdiff_t scales[QZ_LANES], biases[QZ_LANES];
+    for (int i = 0; i < QZ_LANES; i++) {
+        const ptrdiff_t r = row + i < job->rows ? row + i : job->rows - 1;
+        w[i] = job->w + r * job->w_row_stride + first * block * bits / 8;
+        scales[i] = r * from->scale_row_stride + group * from->scale_group_stride;
+        biases[i] = r * from->bias_row_stride + group * from->bias_group_stride;
+    }
+    for (ptrdiff_t k = 0; k < count; k += QZ_VECTOR_BYTES) {
+        v_f32 codes[QZ_LANES];
+        QZ_UNROLL
+        for (int i = 0; i < QZ_LANES; i++) {
+            codes[i] = f32_of_bits((v_i32)unpack_in_order(w[i] + k * bits / 8, bits, count - k));
+        }
+        store_quads(panel->quads + k / 4, first_output, codes);
+    }
+    load_columns(panel->scales, first_output, from->scales, scales, from->scale_group_stride, from->scale_type, blocks,
+                 per_group);
+    load_columns(panel->centred, first_output, from->biases, biases, from->bias_group_stride, from->bias_type, blocks,
+                 per_group);
+}
+
+/* Outputs [column, column + QZ_TILE_OUTPUTS) of the job, and `blocks` blocks from `first` on. */
+QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first, int blocks,
+                            int bits, int block, int per_group, int digits) {
+    const v_f32 centre = set1_f32((float)QZ_CENTRE(bits));
+    for (int r = 0; r < QZ_TILE_OUTPUTS; r += QZ_LANES) {
+        load_panel_rows(panel, r, job, column + r, first, blocks, bits, block, per_group);
+    }
+    for (int b = 0; b < blocks; b++) {
+#if QZ_PAIRS
+        if (has_pairs(bits, digits)) pair_codes(panel, block, b, bits, is_wide(bits, block, digits));
+#else
+        (void)digits;
+#endif
+        QZ_UNROLL
+        for (int v = 0; v < QZ_TILE_OUTPUTS; v += QZ_LANES) {
+            const v_f32 shift = mul_f32(centre, load_f32(panel->scales[b] + v));
+            store_f32(panel->centred[b] + v, add_f32(load_f32(panel->centred[b] + v), shift));
+        }
+    }
+}
+
+/* y = y + (Gf * s + (b + c s) * S) * 2^e for one row of x, whose numbers for the block are `x` at `at`. */
+QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, const panel_t *panel, int b,
+                              const planes *x, ptrdiff_t at, int bits, int digits, int wide) {
+    QZ_UNROLL
+    for (int v = 0; v < QZ_TILE_VECTORS; v++) {
+        v_i32 sum = sub_i32(low[v], set1_i32(x->offset[at]));
+        if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess[b] + v * QZ_LANES));
+        v_f32 dot = f32_from_i32(sum);
+        if (wide) {
+            v_f32 top = f32_from_i32(sub_i32(high[v], set1_i32(x->offset_high[at])));
+            dot = add_f32(mul_f32(top, set1_f32(65536.0f)), dot);
+        }
+        v_f32 product = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
+        v_f32 shift = mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(x->sum[at]));
+        v_f32 term = mul_f32(add_f32(product, shift), set1_f32(x->scale[at]));
+        store_f32(y + v * QZ_LANES, add_f32(load_f32(y + v * QZ_LANES), term));
+    }
+}
+
+/* A panel against QZ_TILE_M rows of x from `prepared` on, of which `rows` count; the last stands in for the others. */
+QZ_INLINE void multiply_panel(float *y, ptrdiff_t pitch, const panel_t *panel, const char *prepared, ptrdiff_t x_stride,
+                              ptrdiff_t k, ptrdiff_t first, int blocks, ptrdiff_t rows, int bits, int block,
+                              int digits) {
+    const int wide = is_wide(bits, block, digits), bytes = strip_bytes(bits, digits);
+    planes x[QZ_TILE_M];
+    const int8_t *strips[QZ_TILE_M];
+    for (ptrdiff_t r = 0; r < QZ_TILE_M; r++) {
+        x[r] = planes_at(prepared + (r < rows ? r : rows - 1) * x_stride, k, block, bytes);
+        strips[r] = x[r].digits;
+    }
+    for (int b = 0; b < blocks; b++) {
+        tile_sums low, high;
+        const code_pairs *pairs = NULL;
+#if QZ_PAIRS
+        pairs = panel->pairs + b * block / 2;
+#endif
+        sum_tile(low, high, pairs, panel->quads + b * block / 4, strips, (first + b) * block * bytes, QZ_TILE_M, bits,
+                 block, digits, wide);
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            add_tile_terms(y + r * pitch, low[r], high[r], panel, b, &x[r], first + b, bits, digits, wide);
+        }
+    }
+}
+
+QZ_INLINE void prefill_groups(const qz_matmul_job *job, int bits, int block, int per_group, int digits) {
+    panel_t panel;
+    const ptrdiff_t blocks = job->columns / block;
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
+    for (ptrdiff_t first = 0; first < blocks; first += QZ_PANEL_BLOCKS) {
+        const int some = blocks - first < QZ_PANEL_BLOCKS ? (int)(blocks - first) : QZ_PANEL_BLOCKS;
+        for (ptrdiff_t column = 0; column < job->rows; column += QZ_TILE_OUTPUTS) {
+            load_panel_t(&panel, job, column, first, some, bits, block, per_group, digits);
+            for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
+                const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
+                multiply_panel(job->y + m * job->y_stride + column, job->y_stride, &panel, job->x + m * job->x_stride,
+                               job->x_stride, job->columns, first, some, rows, bits, block, digits);
+            }
+        }
+    }
+    make_nan_canonical(job->y, job->m * job->y_stride);
+}
+
+QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digits) {
+    if (job->group_size == block) {
+        prefill_groups(job, bits, block, 1, digits);
+    } else {
+        prefill_groups(job, bits, block, 2, digits);
+    }
+}
+
+QZ_INLINE size_t strips_size(ptrdiff_t k, int bits, int block, int digits) {
+    return planes_size(k, block, strip_bytes(bits, digits));
+}
+
+QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
+    const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
+    const int bytes = strip_bytes(bits, digits);
+    planes to = planes_at(prepared, k, block, bytes);
+    for (ptrdiff_t b = 0; b < k / block; b++) {
+        int32_t v[QZ_MAX_BLOCK], high;
+        if (!fixed_point(v, x + b * block, block, p, &to.scale[b])) return 0;
+        const int32_t sum = store_strip(to.digits + b * block * bytes, v, block, bits, digits, wide, &high);
+        to.sum[b] = (float)sum;
+        set_strip_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, digits, wide);
+    }
+    return 1;
+}
