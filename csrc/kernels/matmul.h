@@ -10,62 +10,82 @@ typedef struct row_t {
     const char *scales, *biases;
 } row_t;
 
-/* Where a kernel may not read a whole chunk, it reads a copy padded with zeros. */
-typedef struct chunk_copy {
-    _Alignas(64) uint8_t w[QZ_LANES * QZ_MAX_BLOCK];
-    float scales[QZ_LANES], biases[QZ_LANES];
-} chunk_copy;
+/* A group is one block or two. */
+QZ_INLINE int blocks_per_group(const qz_matmul_job *job, int block) { return job->group_size == block ? 1 : 2; }
+QZ_INLINE ptrdiff_t group_of(ptrdiff_t block, int per_group) {
+    return per_group == 1 ? block : (ptrdiff_t)((size_t)block / 2);
+}
 
 /* QZ_LANES blocks' scales; where a group is two blocks, each serves two. */
-QZ_INLINE v_f32 load_block_scales(const char *from, qz_type type, int blocks_per_group) {
+QZ_INLINE v_f32 load_block_scales(const char *from, qz_type type, int per_group) {
     v_f32 v = type == QZ_F16    ? f32_from_f16((const uint16_t *)from)
               : type == QZ_BF16 ? f32_from_bf16((const uint16_t *)from)
                                 : load_f32((const float *)from);
-    return blocks_per_group == 1 ? v : double_lanes(v);
+    return per_group == 1 ? v : double_lanes(v);
 }
 
-/* The integer sums of QZ_LANES blocks, one a lane, for each class of digits: sums[0] of all digits together, or, in
- * wide formats, of the low two, and sums[1] of the top one. A step yields one vector; where it holds several blocks,
- * each has some neighbouring lanes. Codes come packed, or as unpack_chunk left them. */
-QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
-                         int count) {
+/* The integer sums of one step, in one vector for each class of digits: low of all digits together, or, in wide
+ * formats, of the low two, and high of the top one. Where the step holds several blocks, each has some neighbouring
+ * lanes. Codes come packed, or as unpack_chunk left them. */
+QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_packed, const int8_t *digits, int bits,
+                        int block, int count) {
     const int fold = QZ_FOLD(bits), wide = is_wide(bits, block, count), step = QZ_STEP(bits, block),
               units = QZ_UNITS(bits, block);
-    const int steps = QZ_LANES * block / step;
+    v_u8 code[QZ_MAX_UNITS];
+    QZ_UNROLL
+    for (int u = 0; u < units; u += fold) {
+        const int place = u * QZ_VECTOR_BYTES;
+        if (is_packed) unpack_folded(code + u, from + place * bits / 8, bits);
+        QZ_UNROLL
+        for (int f = 0; f < fold && !is_packed; f++) code[u + f] = load_u8(from + place + f * QZ_VECTOR_BYTES);
+    }
+    *low = set1_i32(0);
+    *high = set1_i32(0);
+    if (wide) *high = dot4_units(*high, code, digits + 2 * step, units, bits);
+    QZ_UNROLL
+    for (int d = wide ? 1 : count - 1; d >= 0; d--) {
+        *low = dot4_units(*low, code, digits + d * step, units, bits);
+        if (d > 0) *low = shl_i32(*low, 8);
+    }
+}
+
+/* The integer sums of QZ_LANES blocks, one a lane: sums[0] and, in wide formats, sums[1] are low and high of their
+ * steps. */
+QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
+                         int count) {
+    const int step = QZ_STEP(bits, block), steps = QZ_LANES * block / step, size = is_packed ? step * bits / 8 : step;
     v_i32 low[QZ_LANES], high[QZ_LANES];
     QZ_UNROLL
     for (int i = 0; i < steps; i++) {
-        const int8_t *at = digits + i * step * count;
-        v_u8 code[QZ_MAX_UNITS];
-        QZ_UNROLL
-        for (int u = 0; u < units; u += fold) {
-            const int place = i * step + u * QZ_VECTOR_BYTES;
-            if (is_packed) unpack_folded(code + u, from + place * bits / 8, bits);
-            QZ_UNROLL
-            for (int f = 0; f < fold && !is_packed; f++) code[u + f] = load_u8(from + place + f * QZ_VECTOR_BYTES);
-        }
-        low[i] = set1_i32(0);
-        high[i] = set1_i32(0);
-        if (wide) high[i] = dot4_units(high[i], code, at + 2 * step, units, bits);
-        QZ_UNROLL
-        for (int d = wide ? 1 : count - 1; d >= 0; d--) {
-            low[i] = dot4_units(low[i], code, at + d * step, units, bits);
-            if (d > 0) low[i] = shl_i32(low[i], 8);
-        }
+        dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);
     }
     sums[0] = sum_blocks(low, steps);
-    if (wide) sums[1] = sum_blocks(high, steps);
+    if (is_wide(bits, block, count)) sums[1] = sum_blocks(high, steps);
+}
+
+/* What block_terms needs of x: QZ_LANES blocks, or one for all lanes. */
+typedef struct x_numbers {
+    v_f32 scale, sum;
+    v_i32 offset, offset_high;
+} x_numbers;
+
+QZ_INLINE x_numbers numbers_of_chunk(const planes *x, ptrdiff_t at) {
+    return (x_numbers){load_f32(x->scale + at), load_f32(x->sum + at), load_i32(x->offset + at),
+                       load_i32(x->offset_high + at)};
+}
+QZ_INLINE x_numbers numbers_of_block(const planes *x, ptrdiff_t at) {
+    return (x_numbers){set1_f32(x->scale[at]), set1_f32(x->sum[at]), set1_i32(x->offset[at]),
+                       set1_i32(x->offset_high[at])};
 }
 
 /* (Gf * s + (b + c s) * S) * 2^e, each operation rounded. */
-QZ_INLINE v_f32 block_terms(const v_i32 sums[2], const planes *x, ptrdiff_t at, v_f32 scales, v_f32 centred, int wide) {
-    v_f32 dot = f32_from_i32(sub_i32(sums[0], load_i32(x->offset + at)));
+QZ_INLINE v_f32 block_terms(const v_i32 sums[2], x_numbers x, v_f32 scales, v_f32 centred, int wide) {
+    v_f32 dot = f32_from_i32(sub_i32(sums[0], x.offset));
     if (wide) {
-        v_f32 high = f32_from_i32(sub_i32(sums[1], load_i32(x->offset_high + at)));
+        v_f32 high = f32_from_i32(sub_i32(sums[1], x.offset_high));
         dot = add_f32(mul_f32(high, set1_f32(65536.0f)), dot);
     }
-    v_f32 product = mul_f32(dot, scales), shift = mul_f32(centred, load_f32(x->sum + at));
-    return mul_f32(add_f32(product, shift), load_f32(x->scale + at));
+    return mul_f32(add_f32(mul_f32(dot, scales), mul_f32(centred, x.sum)), x.scale);
 }
 
 QZ_INLINE void unpack_chunk(uint8_t *codes, const uint8_t *packed, int bits, int block) {
@@ -80,17 +100,16 @@ QZ_INLINE void unpack_chunk(uint8_t *codes, const uint8_t *packed, int bits, int
 
 /* The terms of one chunk of a weight row, for all rows of x: a chunk is unpacked once. */
 QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, const row_t *row,
-                           qz_type scale_type, qz_type bias_type, ptrdiff_t first, int bits, int block, int per_group,
-                           int digits) {
+                           const qz_type types[2], ptrdiff_t first, int bits, int block, int per_group, int digits) {
     const int wide = is_wide(bits, block, digits);
-    const v_f32 s = load_block_scales(row->scales, scale_type, per_group);
-    const v_f32 b = load_block_scales(row->biases, bias_type, per_group);
+    const v_f32 s = load_block_scales(row->scales, types[0], per_group);
+    const v_f32 b = load_block_scales(row->biases, types[1], per_group);
     const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
     v_i32 sums[2];
     if (job->m == 1) {
         planes x = planes_at(job->x, job->columns, block, digits);
         dot_chunk(sums, row->w, 1, x.digits + first * block * digits, bits, block, digits);
-        store_f32(terms, block_terms(sums, &x, first, s, centred, wide));
+        store_f32(terms, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
         return;
     }
     _Alignas(64) uint8_t codes[QZ_LANES * QZ_MAX_BLOCK];
@@ -98,19 +117,17 @@ QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *j
     for (ptrdiff_t m = 0; m < job->m; m++) {
         planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
         dot_chunk(sums, codes, 0, x.digits + first * block * digits, bits, block, digits);
-        store_f32(terms + m * pitch, block_terms(sums, &x, first, s, centred, wide));
+        store_f32(terms + m * pitch, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
     }
 }
 
-/* A chunk of fewer than QZ_LANES blocks, or one whose scales are not neighbours. */
-QZ_INLINE void copy_chunk(chunk_copy *to, row_t *row, const qz_scales *from, ptrdiff_t blocks, int bits, int block,
-                          int per_group) {
-    const ptrdiff_t groups = (blocks + per_group - 1) / per_group;
-    memset(to, 0, sizeof *to);
-    memcpy(to->w, row->w, (size_t)(blocks * block * bits / 8));
-    QZ_NAME(load)(to->scales, row->scales, from->scale_group_stride, from->scale_type, groups);
-    QZ_NAME(load)(to->biases, row->biases, from->bias_group_stride, from->bias_type, groups);
-    *row = (row_t){to->w, (const char *)to->scales, (const char *)to->biases};
+/* Where scales of a chunk are no neighbours, or reading a whole vector of them would pass their end. */
+QZ_INLINE void copy_scales(float numbers[2][QZ_LANES], row_t *row, const qz_scales *from, ptrdiff_t groups) {
+    memset(numbers, 0, 2 * sizeof *numbers);
+    QZ_NAME(load)(numbers[0], row->scales, from->scale_group_stride, from->scale_type, groups);
+    QZ_NAME(load)(numbers[1], row->biases, from->bias_group_stride, from->bias_type, groups);
+    row->scales = (const char *)numbers[0];
+    row->biases = (const char *)numbers[1];
 }
 
 QZ_INLINE int are_neighbours(ptrdiff_t stride, qz_type type) {
@@ -139,19 +156,19 @@ QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *j
         const uint8_t *w = job->w + r * job->w_row_stride;
         const char *s = from->scales + r * from->scale_row_stride, *b = from->biases + r * from->bias_row_stride;
         for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
-            const ptrdiff_t blocks = job->columns / block - i, group = i / per_group;
+            const ptrdiff_t group = group_of(i, per_group);
             row_t row = {w + i * block * bits / 8, s + group * from->scale_group_stride,
                          b + group * from->bias_group_stride};
-            float *to = terms + r * pitch + (i - begin);
-            if (neighbours && blocks >= QZ_LANES * per_group) {
+            float numbers[2][QZ_LANES];
+            qz_type types[2] = {from->scale_type, from->bias_type};
+            if (neighbours && job->columns / block - i >= QZ_LANES * per_group) {
                 prefetch_chunk(&row, bits, block);
-                chunk_terms(to, pitch * QZ_TILE_ROWS, job, &row, from->scale_type, from->bias_type, i, bits, block,
-                            per_group, digits);
             } else {
-                chunk_copy copy;
-                copy_chunk(&copy, &row, from, blocks < QZ_LANES ? blocks : QZ_LANES, bits, block, per_group);
-                chunk_terms(to, pitch * QZ_TILE_ROWS, job, &row, QZ_F32, QZ_F32, i, bits, block, per_group, digits);
+                copy_scales(numbers, &row, from, group_of(QZ_LANES, per_group));
+                types[0] = types[1] = QZ_F32;
             }
+            chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, bits, block,
+                        per_group, digits);
         }
     }
 }
@@ -173,18 +190,87 @@ QZ_INLINE void add_terms_in_order(float *y, const float *terms, ptrdiff_t pitch,
     }
 }
 
-QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int per_group, int digits) {
-    const ptrdiff_t blocks = (job->columns / block + QZ_LANES - 1) / QZ_LANES * QZ_LANES;
+/* The step of a weight row at block `at`; where the row has less, a copy padded with zeros. */
+QZ_INLINE const uint8_t *step_of_row(uint8_t *copy, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t at, int bits,
+                                     int block) {
+    const ptrdiff_t row = r < job->rows ? r : job->rows - 1, left = job->columns - at * block;
+    const uint8_t *from = job->w + row * job->w_row_stride + at * block * bits / 8;
+    if (left >= QZ_STEP(bits, block)) return from;
+    memset(copy, 0, QZ_MAX_UNITS * QZ_VECTOR_BYTES);
+    memcpy(copy, from, (size_t)(left * bits / 8));
+    return copy;
+}
+
+/* Scales or biases of one group for all rows of the tile. */
+QZ_INLINE void load_of_rows(float to[QZ_TILE_ROWS], const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t rows) {
+    for (ptrdiff_t r = 0; r < QZ_TILE_ROWS; r++) to[r] = load_one(from + (r < rows ? r : rows - 1) * stride, type);
+}
+
+/* The terms of block `at`, whose sums stand at dots[0] and dots[1]: lanes are weight rows. */
+QZ_INLINE void add_block_of_rows(float *y, int32_t (*const dots)[QZ_TILE_ROWS], const qz_matmul_job *job,
+                                 const planes *x, ptrdiff_t at, int bits, int per_group, int wide) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t group = group_of(at, per_group);
+    float scales[QZ_TILE_ROWS], biases[QZ_TILE_ROWS];
+    load_of_rows(scales, from->scales + group * from->scale_group_stride, from->scale_row_stride, from->scale_type,
+                 job->rows);
+    load_of_rows(biases, from->biases + group * from->bias_group_stride, from->bias_row_stride, from->bias_type,
+                 job->rows);
+    QZ_UNROLL
+    for (int r = 0; r < QZ_TILE_ROWS; r += QZ_LANES) {
+        const v_i32 sums[2] = {load_i32(dots[0] + r), load_i32(dots[1] + r)};
+        const v_f32 s = load_f32(scales + r), b = load_f32(biases + r);
+        const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
+        const v_f32 term = block_terms(sums, numbers_of_block(x, at), s, centred, wide);
+        store_f32(y + r, add_f32(load_f32(y + r), term));
+    }
+}
+
+/* The last blocks of the rows, from `first` on, fewer than fill a chunk. */
+QZ_INLINE void add_last_blocks(float *y, const qz_matmul_job *job, const planes *x, ptrdiff_t first, int bits,
+                               int block, int per_group, int digits) {
+    const int step = QZ_STEP(bits, block), rows = QZ_LANES * block / step, blocks = step / block;
+    const int wide = is_wide(bits, block, digits);
+    for (ptrdiff_t at = first; at < job->columns / block; at += blocks) {
+        int32_t dots[QZ_LANES][2][QZ_TILE_ROWS] = {{{0}}};
+        for (ptrdiff_t r = 0; r < job->rows; r += rows) {
+            v_i32 low[QZ_LANES], high[QZ_LANES];
+            int32_t sums[2][QZ_LANES];
+            for (int j = 0; j < rows; j++) {
+                _Alignas(64) uint8_t copy[QZ_MAX_UNITS * QZ_VECTOR_BYTES];
+                const uint8_t *from = step_of_row(copy, job, r + j, at, bits, block);
+                dot_step(&low[j], &high[j], from, 1, x->digits + at * block * digits, bits, block, digits);
+            }
+            store_i32(sums[0], sum_blocks(low, rows));
+            if (wide) store_i32(sums[1], sum_blocks(high, rows));
+            for (int i = 0; i < QZ_LANES; i++) {
+                dots[i % blocks][0][r + i / blocks] = sums[0][i];
+                if (wide) dots[i % blocks][1][r + i / blocks] = sums[1][i];
+            }
+        }
+        for (int i = 0; i < blocks && at + i < job->columns / block; i++) {
+            add_block_of_rows(y, dots[i], job, x, at + i, bits, per_group, wide);
+        }
+    }
+}
+
+QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int digits) {
+    const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
+    const ptrdiff_t blocks = job->columns / block / QZ_LANES * QZ_LANES;
     const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, pitch = blocks < fit ? blocks : fit;
     _Alignas(64) float terms[QZ_TERMS];
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
-    if (job->rows < QZ_TILE_ROWS) memset(terms, 0, sizeof terms);
+    if (job->rows < QZ_TILE_ROWS && blocks > 0) memset(terms, 0, sizeof terms);
     for (ptrdiff_t begin = 0; begin < blocks; begin += pitch) {
         ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
         panel_terms(terms, pitch, job, begin, end, bits, block, per_group, digits);
         for (ptrdiff_t m = 0; m < job->m; m++) {
             add_terms_in_order(job->y + m * job->y_stride, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);
         }
+    }
+    for (ptrdiff_t m = 0; m < job->m && blocks < job->columns / block; m++) {
+        planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
+        add_last_blocks(job->y + m * job->y_stride, job, &x, blocks, bits, block, per_group, digits);
     }
     make_nan_canonical(job->y, job->m * job->y_stride);
 }
@@ -195,11 +281,7 @@ QZ_INLINE void decode_t(const qz_matmul_job *job, int bits, int block, int digit
         some.x += m * job->x_stride;
         some.y += m * job->y_stride;
         some.m = job->m - m < QZ_DECODE_ROWS ? job->m - m : QZ_DECODE_ROWS;
-        if (job->group_size == block) {
-            decode_rows(&some, bits, block, 1, digits);
-        } else {
-            decode_rows(&some, bits, block, 2, digits);
-        }
+        decode_rows(&some, bits, block, digits);
     }
 }
 

@@ -40,11 +40,11 @@ QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char 
                             ptrdiff_t stride, qz_type type, int blocks, int per_group) {
     float numbers[QZ_LANES][QZ_PANEL_BLOCKS];
     for (int i = 0; i < QZ_LANES; i++) {
-        QZ_NAME(load)(numbers[i], from + rows[i], stride, type, (blocks + per_group - 1) / per_group);
+        QZ_NAME(load)(numbers[i], from + rows[i], stride, type, group_of(blocks + per_group - 1, per_group));
     }
     for (int b = 0; b < blocks; b++) {
         QZ_UNROLL
-        for (int i = 0; i < QZ_LANES; i++) to[b][first + i] = numbers[i][b / per_group];
+        for (int i = 0; i < QZ_LANES; i++) to[b][first + i] = numbers[i][group_of(b, per_group)];
     }
 }
 
@@ -52,7 +52,7 @@ QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char 
 QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul_job *job, ptrdiff_t row,
                                ptrdiff_t first, int blocks, int bits, int block, int per_group) {
     const qz_scales *from = &job->scales;
-    const ptrdiff_t group = first / per_group, count = blocks * block;
+    const ptrdiff_t group = group_of(first, per_group), count = blocks * block;
     const uint8_t *w[QZ_LANES];
     ptrdiff_t scales[QZ_LANES], biases[QZ_LANES];
     for (int i = 0; i < QZ_LANES; i++) {
@@ -140,7 +140,8 @@ QZ_INLINE void multiply_panel(float *y, ptrdiff_t pitch, const panel_t *panel, c
     }
 }
 
-QZ_INLINE void prefill_groups(const qz_matmul_job *job, int bits, int block, int per_group, int digits) {
+QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digits) {
+    const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
     panel_t panel;
     const ptrdiff_t blocks = job->columns / block;
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
@@ -156,14 +157,6 @@ QZ_INLINE void prefill_groups(const qz_matmul_job *job, int bits, int block, int
         }
     }
     make_nan_canonical(job->y, job->m * job->y_stride);
-}
-
-QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digits) {
-    if (job->group_size == block) {
-        prefill_groups(job, bits, block, 1, digits);
-    } else {
-        prefill_groups(job, bits, block, 2, digits);
-    }
 }
 
 QZ_INLINE size_t strips_size(ptrdiff_t k, int bits, int block, int digits) {
