@@ -23,15 +23,15 @@ F32 = np.float32
 PRECISION = 24
 
 
-def hard_pairs(most):
-    """(V, S, E, k): significands of 24 bits for which V/S * 2^E lies next to the code k + 1/2, for all k <= `most`.
+def hard_pairs(codes):
+    """(V, S, E, k): significands of 24 bits for which V/S * 2^E lies next to the tie k + 1/2, for all k in `codes`.
 
     The code can only change if a midpoint m of two floats, one of the two next to k + 1/2, lies within 4u ulp(Q) of the
     quotient Q. With ulp(Q) = 2^(e-23), m = M * 2^(e-24) for an odd M of 25 bits, and V * 2^t = M*S + d with t = 24 or
     25, since both sides lie in [2^47, 2^49). |Q - m| = |d|/S * ulp(Q)/2, so that |d| < 8u*S < 8; and d = 0 would mean
     that M divides V, which is less. So S = -d/M modulo 2^t, one candidate for each M, d and t.
     """
-    for k in range(most + 1):
+    for k in codes:
         for side in (-1, 1):
             e = k.bit_length() - 1 if k else (side - 3) // 2  # 1/2 begins a binade
             m = (2 * k + 1) * 2 ** (23 - e) + side
