@@ -455,7 +455,7 @@ def test_nothing_outside_is_written(isa, mode, bits, group_size, guarded, rng):
 def test_results_that_bypass_the_caches(isa, kind, profile, bits, rng):
     """Results of more than 8 MiB, where their address allows it and where not, against the same row by row."""
     rows, columns = 257, 16384
-    _, _, scales, biases = random_stored(rng, rows, columns // 64, 64, 2, kind)
+    _, _, scales, biases = random_stored(rng, rows, columns // 64, 4, 8, kind)
     words = rng.integers(0, 2**32, (rows, columns // 32 * bits), dtype=np.uint32)
     options = {"profile": profile, **declared(kind)}
     for out_kind in (kind,) if SMALL else KINDS:
@@ -464,7 +464,7 @@ def test_results_that_bypass_the_caches(isa, kind, profile, bits, rng):
             for row in zip(words, scales, biases, strict=True)
         ]
         expected = np.stack(few).view(np.uint8)
-        for offset in (0, 16, 2, 1):
+        for offset in (0, 1) if SMALL else (0, 16, 2, 1):
             memory = np.full(expected.size + 128, layouts.FILL, np.uint8)
             start = -memory.ctypes.data % 64 + offset
             out = np.ndarray((rows, columns), few[0].dtype, memory, start)
