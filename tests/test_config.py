@@ -297,6 +297,21 @@ def test_the_core_binds_arguments_as_python_does(kernel_class):
 
 
 @pytest.mark.parametrize("kernel_class", KERNELS)
+def test_ordinary_calls_stay_in_the_core(kernel_class):
+    """Every parameter at every place that it may take, where calling Python's definition would be an error."""
+    arrays, options = ordinary_calls(kernel_class)
+    kernel = kernel_class()
+    parameters = inspect.signature(kernel).parameters
+    positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+    expected = as_bytes(kernel(*arrays, **options))
+    kernel._call = None
+    values = [*arrays, *options.values()]
+    for by_position in range(positional + 1):
+        named = dict(list(zip(parameters, values, strict=True))[by_position:])
+        assert as_bytes(kernel(*values[:by_position], **named)) == expected
+
+
+@pytest.mark.parametrize("kernel_class", KERNELS)
 def test_calls_that_do_not_fit_are_refused_in_pythons_words(kernel_class):
     arrays, options = ordinary_calls(kernel_class)
     kernel = kernel_class()
@@ -347,7 +362,7 @@ def test_a_kernel_with_a_call_of_its_own():
     kernel = Half()
     for _ in range(2):
         assert np.array_equal(kernel([-1.0, 1.0]), [-0.5, 0.5])
-    assert list(inspect.signature(Half.__call__).parameters) == ["self", "x"]
+    assert list(inspect.signature(kernel).parameters) == ["x"]
 
 
 def test_sizes_of_a_kernel_may_change():

@@ -336,6 +336,26 @@ def test_codes_that_would_fill_no_memory():
         q.affine_quantize(huge(1 << 45, last=(128,)))
 
 
+@pytest.mark.parametrize(("name", "argument"), FLOATS)
+def test_calls_within_calls(name, argument):
+    """An array made by the call that takes it would need a stack without end; the calls after it work."""
+    function, arguments, _ = FUNCTIONS[name]
+
+    class Endless:
+        def __array__(self, *_, **__):
+            return function(**{**arguments(), argument: Endless()})
+
+    class Nested:
+        def __array__(self, *_, **__):
+            function(**arguments())
+            return arguments()[argument]
+
+    with pytest.raises(RecursionError, match=f"^{name}: more than 64 calls within each other"):
+        function(**{**arguments(), argument: Endless()})
+    for _ in range(100):
+        function(**{**arguments(), argument: Nested()})
+
+
 # ---- results given by the caller ----
 
 

@@ -1,11 +1,14 @@
 """affine_quantize and affine_dequantize, byte for byte: every format, ISA, kind of float, layout and thread count."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
 import layouts
 import quantization as q
 import reference as ref
+from campaigns import quotients
 from conftest import FORMATS, SMALL
 
 KINDS = ("float32", "float16", "bfloat16")
@@ -210,7 +213,64 @@ def test_zero_stays_zero(isa, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Quotients without divisions
+
+
+def test_quotients_by_reciprocal():
+    """What csrc/kernels/quantize.h leaves to be tried: every pair whose code could be another than a division's."""
+    pairs = [(Fraction(v), Fraction(s)) for v, s, _, _ in quotients.hard_pairs(range(0, 257, 16 if SMALL else 1))]
+    assert pairs
+    for v, s in pairs:
+        assert quotients.by_reciprocal(v, s) == quotients.rounded(v / s)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_quotients_next_to_ties(isa, bits):
+    """The same pairs as weights, at the ends of the range of exponents and in the middle, beside the next floats."""
+    groups = quotients.hard_groups(bits, quotients.hard_pairs(range(max(0, 2**bits - 16) if SMALL else 0, 2**bits)))
+    assert len(groups) > 7
+    least, greatest = (int(np.floor(np.log2(end / groups.max()))) for end in (2.0**bits * 2e-7, 2.0**127))
+    for exponent in (least, -23, 60, greatest):
+        near = groups[:, 2:3] * (1 + np.arange(-5, 6) * F32(ref.U))
+        w = np.concatenate([groups[:, :3], near, groups[:, 14:]], axis=1) * F32(2) ** exponent
+        for profile in PROFILES:
+            ours = q.affine_quantize(w, 32, bits, profile=profile)
+            assert_quantized(ours, quantized(w, "float32", 32, bits, profile), "float32")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_quotients_of_random_groups(isa, bits, rng):
+    """Ties and their neighbours in groups of any size: a short run of campaigns/quotients.py with another oracle."""
+    for group_size in (32, 64, 128):
+        w = quotients.random_groups(rng, 16 if SMALL else 128, group_size, bits, ref.affine_quantize)
+        w = np.concatenate([w[:, ::-1], w], axis=1)[1:]
+        for profile in PROFILES:
+            ours = q.affine_quantize(w, group_size, bits, profile=profile)
+            assert_quantized(ours, quantized(w, "float32", group_size, bits, profile), "float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # MLX
+
+
+@every_format
+def test_equals_mlx_at_edges(isa, mode, bits, group_size):
+    """Each edge group in an odd number of rows, unaligned and strided, with unaligned and strided results."""
+    mlx_differential = pytest.importorskip("campaigns.mlx_differential")
+    mx = pytest.importorskip("mlx.core", reason="MLX is the oracle here")
+    mx.set_default_device(mx.cpu)
+    edges = np.stack(list(ref.edge_groups(group_size, bits).values()))
+    w = np.concatenate([np.roll(edges, i, axis=0) for i in range(3)], axis=1)
+    places = [layouts.Layout((0, 1), steps, offset) for steps in [(1, 1), (-1, 1), (1, -2)] for offset in (0, 3)]
+    for i, kind in enumerate(KINDS * 2):
+        stored = ref.round_to(w, kind)[: len(w) - (len(w) + 1) % 2]
+        theirs = mx.quantize(mlx_differential.to_mlx(mx, stored, kind), group_size=group_size, bits=bits)
+        theirs = [mlx_differential.from_mlx(mx, array) for array in theirs]
+        out = tuple(places[(i + j) % 6].empty(a.shape, a.dtype)[1] for j, a in enumerate(theirs))
+        placed = places[(i + 3) % 6].place(stored)
+        q.affine_quantize(placed, group_size, bits, profile="cpu", out=out, **declared(kind))
+        for name, a, b, k in zip(("codes", "scales", "biases"), out, theirs, ("uint32", kind, kind), strict=True):
+            mlx_differential.compare(name, a, b, k)
 
 
 def test_equals_mlx(isa):
@@ -387,6 +447,31 @@ def test_nothing_outside_is_written(isa, mode, bits, group_size, guarded, rng):
             codes = ref.unpack(expected[0], bits, stored.shape[1])
             assert_floats(w, dequantized(codes, *expected[1:], (kind, kind), group_size, None, "metal"), kind)
             guarded.check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "profile", "bits"), [("float32", "metal", 4), ("float16", "cpu", 5), ("bfloat16", "cpu", 3)]
+)
+def test_results_that_bypass_the_caches(isa, kind, profile, bits, rng):
+    """Results of more than 8 MiB, where their address allows it and where not, against the same row by row."""
+    rows, columns = 257, 16384
+    _, _, scales, biases = random_stored(rng, rows, columns // 64, 4, 8, kind)
+    words = rng.integers(0, 2**32, (rows, columns // 32 * bits), dtype=np.uint32)
+    options = {"profile": profile, **declared(kind)}
+    for out_kind in (kind,) if SMALL else KINDS:
+        few = [
+            q.affine_dequantize(*row, 64, bits, dtype=out_kind, **options)
+            for row in zip(words, scales, biases, strict=True)
+        ]
+        expected = np.stack(few).view(np.uint8)
+        for offset in (0, 1) if SMALL else (0, 16, 2, 1):
+            memory = np.full(expected.size + 128, layouts.FILL, np.uint8)
+            start = -memory.ctypes.data % 64 + offset
+            out = np.ndarray((rows, columns), few[0].dtype, memory, start)
+            q.affine_dequantize(words, scales, biases, 64, bits, dtype=out_kind, out=out, **options)
+            end = start + expected.size
+            assert np.array_equal(memory[start:end], expected.ravel())
+            assert (memory[:start] == layouts.FILL).all() and (memory[end:] == layouts.FILL).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

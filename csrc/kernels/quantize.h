@@ -128,8 +128,8 @@ static __attribute__((noinline)) void QZ_NAME(measure_batch)(affine_batch *b, co
  * differs from Q by less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a midpoint of two floats
  * lies within 4u ulp(Q) of Q; and its code is the quotient's unless that is one of the two midpoints next to k + 1/2
  * for a code k. For a midpoint m, of 25 bits, |Q - m| = |v - m * scale| / |scale| is a multiple of u/2 ulp(Q) or more,
- * so that few pairs of 24-bit significands come so close: tests/test_quantize.py finds and tries them all, and the
- * result is the quotient for each.
+ * so that few pairs of 24-bit significands come so close: tests/campaigns/quotients.py lists them, and
+ * tests/test_quantize.py finds that the result is the quotient for each.
  *
  * Powers of two change nothing as long as nothing under- or overflows. The scale is at least 1e-7 / 2 in magnitude;
  * where it is at most 2^100, all elements are finite and |v| <= (2^bits + 1) |scale|. So no operation overflows, and e

@@ -30,10 +30,11 @@ static int raise_dtype(const call *c, const char *name, PyObject *object, const 
 }
 
 /* Clears an exception that says that an object is of another kind. 0, or -1 if it is one to pass on: MemoryError,
- * KeyboardInterrupt and their like. */
+ * RecursionError, KeyboardInterrupt and their like. */
 static int clear_unless_serious(void) {
     PyObject *const mild[] = {PyExc_TypeError,    PyExc_ValueError,    PyExc_BufferError, PyExc_AttributeError,
                               PyExc_RuntimeError, PyExc_OverflowError, PyExc_LookupError};
+    if (PyErr_ExceptionMatches(PyExc_RecursionError)) return -1; /* a RuntimeError */
     for (size_t i = 0; i < sizeof mild / sizeof *mild; i++) {
         if (!PyErr_ExceptionMatches(mild[i])) continue;
         PyErr_Clear();
@@ -190,7 +191,6 @@ static int take_memory(view *v, const call *c, const char *name, PyObject *objec
     return qz_take_dlpack(v, c, name, object, writable);
 }
 
-/* Lists and numbers as a new float64 array, other libraries' containers as the array that they say they are. */
 /* A list's array as float64, if it holds numbers: text, None and bools would be converted too. Steals the reference. */
 static PyObject *numbers_as_f64(const call *c, const char *name, PyObject *object, PyObject *array,
                                 const char *wanted) {
@@ -208,6 +208,7 @@ static PyObject *numbers_as_f64(const call *c, const char *name, PyObject *objec
     return converted;
 }
 
+/* Lists and numbers as a new float64 array, other libraries' containers as the array that they say they are. */
 static int take_array_like(view *v, const call *c, const char *name, PyObject *object) {
     static const char wanted[] = "floats, or a list of numbers";
     int is_container = PyObject_HasAttrString(object, "__array__");

@@ -106,7 +106,9 @@ typedef struct call {
     int raw_bfloat16; /* input_dtype="bfloat16": uint16 arrays hold bfloat16 bits */
 } call;
 
+/* 0, or -1 with an exception set; where it is 0, qz_close_call() follows in the same thread. */
 int qz_open_call(call *c, PyObject *module, const plan_object *plan, PyObject *input_dtype);
+void qz_close_call(void);
 
 /* An array of float16, bfloat16, float32 or float64; lists and numbers become float64. 0 or -1. */
 int qz_take_floats(view *v, const call *c, const char *name, PyObject *object);

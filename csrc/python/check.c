@@ -32,16 +32,25 @@ int qz_check_count(const char *function, Py_ssize_t got, Py_ssize_t expected) {
     return -1;
 }
 
+/* A call may come from within another, by way of an object's __array__ and its like. Each holds kilobytes of views on
+ * the stack, of which Python's own limit knows nothing: its thousand calls would overflow it. */
+enum { MAX_CALLS_WITHIN_CALLS = 64 };
+static _Thread_local int open_calls;
+
 int qz_open_call(call *c, PyObject *module, const plan_object *plan, PyObject *input_dtype) {
     static const char *const words[] = {"bfloat16"};
     c->state = PyModule_GetState(module);
     c->op = plan->op->name;
-    c->raw_bfloat16 = 0;
-    if (input_dtype == Py_None) return 0;
-    if (qz_take_word(c, "input_dtype", input_dtype, words, 1) < 0) return -1;
-    c->raw_bfloat16 = 1;
+    c->raw_bfloat16 = input_dtype != Py_None;
+    if (c->raw_bfloat16 && qz_take_word(c, "input_dtype", input_dtype, words, 1) < 0) return -1;
+    if (open_calls == MAX_CALLS_WITHIN_CALLS) {
+        return qz_raise(PyExc_RecursionError, c->op, "more than %d calls within each other", MAX_CALLS_WITHIN_CALLS);
+    }
+    open_calls++;
     return 0;
 }
+
+void qz_close_call(void) { open_calls--; }
 
 static PyObject *type_name(PyObject *object) { return PyType_GetName(Py_TYPE(object)); }
 

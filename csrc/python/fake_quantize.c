@@ -38,30 +38,34 @@ static int quantize(const plan_object *plan, const call *c, view *x, view *y, Py
     return qz_run_operation(plan, operation, &args, (double)count * 0.25);
 }
 
+/* The width, from 1 to 16; -1 with an exception set. */
+static int take_bits(const call *c, PyObject *object) {
+    ptrdiff_t bits = 0;
+    int given;
+    if (qz_take_integer(c, "bits", object, &bits, &given) < 0) return -1;
+    if (!given) return qz_raise(PyExc_TypeError, c->op, "bits must be an integer, got None");
+    if (bits >= 1 && bits <= 16) return (int)bits;
+    return qz_raise(PyExc_ValueError, c->op, "bits must be between 1 and 16, got %zd", bits);
+}
+
 /* fake_quantize(plan, x, bits, out, input_dtype) */
 PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     view x, y;
     PyObject *result = NULL;
-    ptrdiff_t bits = 0;
-    int given, status = -1;
+    int status = -1;
     call c;
     if (qz_check_count("fake_quantize", count, 5) < 0) return NULL;
     const plan_object *plan = qz_take_plan(module, args[0], OP_FAKE_QUANTIZE);
     if (!plan || qz_open_call(&c, module, plan, args[4]) < 0) return NULL;
-    if (qz_take_integer(&c, "bits", args[2], &bits, &given) < 0) return NULL;
-    if (!given) {
-        qz_raise(PyExc_TypeError, c.op, "bits must be an integer, got None");
-        return NULL;
-    }
-    if (bits < 1 || bits > 16) {
-        qz_raise(PyExc_ValueError, c.op, "bits must be between 1 and 16, got %zd", bits);
-        return NULL;
-    }
     qz_open_view(&x);
     qz_open_view(&y);
-    if (qz_take_floats(&x, &c, "x", args[1]) == 0) status = quantize(plan, &c, &x, &y, &result, args[3], (int)bits);
+    int bits = take_bits(&c, args[2]);
+    if (bits > 0 && qz_take_floats(&x, &c, "x", args[1]) == 0) {
+        status = quantize(plan, &c, &x, &y, &result, args[3], bits);
+    }
     qz_release(&x);
     qz_release(&y);
     if (status < 0) Py_CLEAR(result);
+    qz_close_call();
     return result;
 }

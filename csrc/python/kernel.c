@@ -93,7 +93,7 @@ static Py_ssize_t bind(const kernel_object *self, const module_state *state, con
                        PyObject *keywords, PyObject **args) {
     const struct manner *manner = &manners[op->kind];
     PyObject *const *names = state->names[op->kind], *const *defaults = state->defaults[op->kind];
-    const int absent = op->takes_output_features ? -1 : OUTPUT_FEATURES;
+    const int absent = op->kind != OP_MATMUL || op->takes_output_features ? -1 : OUTPUT_FEATURES;
     const Py_ssize_t given = PyTuple_Size(positions);
     PyObject **const values = args + 1, *keyword, *value;
     Py_ssize_t cursor = 0;

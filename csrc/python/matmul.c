@@ -172,5 +172,6 @@ PyObject *qz_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count
     PyObject *result = multiply(plan, &c, &a, &v);
     for (int i = 0; i < 5; i++) qz_release(all[i]);
     Py_XDECREF(v.result);
+    qz_close_call();
     return result;
 }

@@ -146,6 +146,7 @@ PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t cou
         qz_release(&v.result[i]);
         Py_XDECREF(v.results[i]);
     }
+    qz_close_call();
     return tuple;
 }
 
@@ -296,5 +297,6 @@ PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t c
     PyObject *result = dequantize(plan, &c, args, &v);
     for (int i = 0; i < 4; i++) qz_release(all[i]);
     Py_XDECREF(v.result);
+    qz_close_call();
     return result;
 }

@@ -17,7 +17,7 @@ class _CallSignature:
     def __get__(self, kernel: Kernel | None, owner: type[Kernel]) -> inspect.Signature:
         if kernel is None:  # a class has the signature of its __init__
             raise AttributeError("__signature__")
-        return inspect.signature(kernel._call)
+        return inspect.signature(kernel._call if owner.__call__ is _C.Kernel.__call__ else kernel.__call__)
 
 
 class Kernel(_C.Kernel):
