@@ -24,6 +24,8 @@
 #endif
 
 #define EMU static inline __attribute__((always_inline, unused))
+/* Long and often used: inlined into every unrolled kernel they take the compiler many minutes. */
+#define EMU_CALLED static __attribute__((noinline, unused))
 
 /* Halves. */
 
@@ -53,18 +55,18 @@ EMU __m512i emu_join(__m256i low, __m256i high) {
 /* Masked loads and stores of `lanes` elements of a `vector`, named by prefix and element type. */
 
 #define EMU_MASKED(prefix, suffix, vector, element, mask, lanes)                                                     \
-    EMU vector emu##prefix##_mask_loadu_##suffix(vector v, mask k, const void *from) {                               \
+    EMU_CALLED vector emu##prefix##_mask_loadu_##suffix(vector v, mask k, const void *from) {                        \
         for (int i = 0; i < (lanes); i++)                                                                            \
             if (k >> i & 1)                                                                                          \
                 memcpy((char *)&v + i * sizeof(element), (const char *)from + i * sizeof(element), sizeof(element)); \
         return v;                                                                                                    \
     }                                                                                                                \
-    EMU vector emu##prefix##_maskz_loadu_##suffix(mask k, const void *from) {                                        \
+    EMU_CALLED vector emu##prefix##_maskz_loadu_##suffix(mask k, const void *from) {                                 \
         vector zero;                                                                                                 \
         memset(&zero, 0, sizeof zero);                                                                               \
         return emu##prefix##_mask_loadu_##suffix(zero, k, from);                                                     \
     }                                                                                                                \
-    EMU void emu##prefix##_mask_storeu_##suffix(void *to, mask k, vector v) {                                        \
+    EMU_CALLED void emu##prefix##_mask_storeu_##suffix(void *to, mask k, vector v) {                                 \
         for (int i = 0; i < (lanes); i++)                                                                            \
             if (k >> i & 1)                                                                                          \
                 memcpy((char *)to + i * sizeof(element), (const char *)&v + i * sizeof(element), sizeof(element));   \
@@ -233,7 +235,7 @@ EMU_WIDEN(cvtepi32_epi64, __m256i, EMU_QUARTER)
 
 /* Narrowing without saturation keeps the low bytes of each element; the masked store writes only its lanes. */
 #define EMU_NARROW(name, source, from_type, to, to_type, mask, lanes)                                    \
-    EMU to emu_##name(source v) {                                                                        \
+    EMU_CALLED to emu_##name(source v) {                                                                 \
         from_type from[lanes];                                                                           \
         to narrow;                                                                                       \
         memcpy(from, &v, sizeof from);                                                                   \
@@ -244,7 +246,7 @@ EMU_WIDEN(cvtepi32_epi64, __m256i, EMU_QUARTER)
         }                                                                                                \
         return narrow;                                                                                   \
     }                                                                                                    \
-    EMU void emu_##name##_store(void *place, mask k, source v) {                                         \
+    EMU_CALLED void emu_##name##_store(void *place, mask k, source v) {                                  \
         const to narrow = emu_##name(v);                                                                 \
         for (int i = 0; i < (lanes); i++)                                                                \
             if (k >> i & 1)                                                                              \
@@ -284,11 +286,57 @@ EMU_NARROW(256_cvtepi16_epi8, __m256i, uint16_t, __m128i, uint8_t, __mmask16, 16
     }
 EMU_BINARY(srav_epi32)
 EMU_BINARY(madd_epi16)
+EMU_BINARY(unpacklo_epi8)
+EMU_BINARY(unpackhi_epi8)
+EMU_BINARY(unpacklo_epi16)
+EMU_BINARY(unpackhi_epi16)
+EMU_BINARY(unpacklo_epi32)
+EMU_BINARY(unpackhi_epi32)
+EMU_BINARY(unpacklo_epi64)
+EMU_BINARY(unpackhi_epi64)
 #undef EMU_BINARY
 #undef _mm512_srav_epi32
 #define _mm512_srav_epi32 emu_srav_epi32
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16 emu_madd_epi16
+#undef _mm512_unpacklo_epi8
+#define _mm512_unpacklo_epi8 emu_unpacklo_epi8
+#undef _mm512_unpackhi_epi8
+#define _mm512_unpackhi_epi8 emu_unpackhi_epi8
+#undef _mm512_unpacklo_epi16
+#define _mm512_unpacklo_epi16 emu_unpacklo_epi16
+#undef _mm512_unpackhi_epi16
+#define _mm512_unpackhi_epi16 emu_unpackhi_epi16
+#undef _mm512_unpacklo_epi32
+#define _mm512_unpacklo_epi32 emu_unpacklo_epi32
+#undef _mm512_unpackhi_epi32
+#define _mm512_unpackhi_epi32 emu_unpackhi_epi32
+#undef _mm512_unpacklo_epi64
+#define _mm512_unpacklo_epi64 emu_unpacklo_epi64
+#undef _mm512_unpackhi_epi64
+#define _mm512_unpackhi_epi64 emu_unpackhi_epi64
+#undef _mm512_unpacklo_ps
+#define _mm512_unpacklo_ps(a, b) _mm512_castsi512_ps(emu_unpacklo_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+#undef _mm512_unpackhi_ps
+#define _mm512_unpackhi_ps(a, b) _mm512_castsi512_ps(emu_unpackhi_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+
+/* The even and the odd bytes, widened: no product of two reaches 2^15, so the pairs add up exactly in 32 bits. */
+EMU __m256i emu_dpbusd_half(__m256i sum, __m256i codes, __m256i digits) {
+    __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)),
+                                     _mm256_srai_epi16(_mm256_slli_epi16(digits, 8), 8));
+    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(digits, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+EMU_CALLED __m512i emu_dpbusd_epi32(__m512i sum, __m512i codes, __m512i digits) {
+    return emu_join(emu_dpbusd_half(emu_low(sum), emu_low(codes), emu_low(digits)),
+                    emu_dpbusd_half(emu_high(sum), emu_high(codes), emu_high(digits)));
+}
+#undef _mm512_dpbusd_epi32
+#define _mm512_dpbusd_epi32 emu_dpbusd_epi32
+
+EMU_CALLED __m512i emu_permutexvar_epi8(__m512i order, __m512i v) { return simde_mm512_permutexvar_epi8(order, v); }
+#undef _mm512_permutexvar_epi8
+#define _mm512_permutexvar_epi8 emu_permutexvar_epi8
 
 EMU __m512i emu_srai_epi32(__m512i v, int count) {
     return emu_join(_mm256_srai_epi32(emu_low(v), count), _mm256_srai_epi32(emu_high(v), count));
@@ -336,7 +384,7 @@ EMU __m512 emu_abs_ps(__m512 v) {
 #define _mm512_abs_ps emu_abs_ps
 
 /* Byte i of the result is the eight bits of its quadword rotated right by control byte i, 0 included. */
-EMU __m512i emu_multishift_epi64_epi8(__m512i control, __m512i v) {
+EMU_CALLED __m512i emu_multishift_epi64_epi8(__m512i control, __m512i v) {
     uint8_t at[64];
     uint64_t from[8];
     memcpy(at, &control, sizeof at);
@@ -349,7 +397,7 @@ EMU __m512i emu_multishift_epi64_epi8(__m512i control, __m512i v) {
 #define _mm512_multishift_epi64_epi8 emu_multishift_epi64_epi8
 
 /* a * 2^floor(b), rounded once; ldexpf is exact up to that one rounding and int holds every useful exponent. */
-EMU __m512 emu_scalef_ps(__m512 a, __m512 b) {
+EMU_CALLED __m512 emu_scalef_ps(__m512 a, __m512 b) {
     float x[16], y[16];
     memcpy(x, &a, sizeof x);
     memcpy(y, &b, sizeof y);

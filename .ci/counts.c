@@ -1,0 +1,183 @@
+/* What callgrind counts for .ci/counts.py: counts ISA calls each kernel at two sizes and has callgrind dump the
+ * instructions of each call under "KERNEL UNITS". A unit is 64 products of matmul, or 64 elements. The difference of
+ * the two sizes leaves out what a call costs whatever its size. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <valgrind/callgrind.h>
+
+#include "../csrc/kernels.h"
+
+extern const qz_kernels qz_kernels_avx2, qz_kernels_generic;
+static const qz_kernels *kernels;
+
+enum { SLOT_OF_64 = 1, GROUP = 64, MOST = 4096, ROWS = QZ_TILE_ROWS, MOST_M = 128 };
+static const struct {
+    int format, bits;
+} formats[] = {{QZ_FORMAT_affine_2, 2}, {QZ_FORMAT_affine_3, 3}, {QZ_FORMAT_affine_4, 4},
+               {QZ_FORMAT_affine_5, 5}, {QZ_FORMAT_affine_6, 6}, {QZ_FORMAT_affine_8, 8}};
+enum { FORMAT_OF_4 = 2 };
+
+static _Alignas(64) uint8_t codes[MOST * QZ_MAX_GROUP + QZ_SPILL];
+static _Alignas(64) float values[MOST_M * MOST], scales[MOST], biases[MOST], results[MOST_M * QZ_MAX_GROUP];
+static _Alignas(64) char prepared[MOST_M * MOST * 16], stored[MOST * 4];
+
+static uint16_t halves[MOST];
+
+/* The same bytes on every machine. */
+static void fill(void) {
+    uint32_t state = 1;
+    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)((state = state * 1664525u + 1013904223u) >> 24);
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
+        state = state * 1664525u + 1013904223u;
+        values[i] = (float)(int32_t)state * 0x1p-31f;
+    }
+    for (int i = 0; i < MOST; i++) {
+        scales[i] = 0.001f * (float)(1 + i % 7);
+        biases[i] = -8.0f * scales[i];
+        halves[i] = (uint16_t)(0x3000 + i); /* 2^-3 and more */
+    }
+}
+
+static qz_scales scales_of(ptrdiff_t row_stride, ptrdiff_t group_stride) {
+    return (qz_scales){
+        .scales = (const char *)scales,
+        .biases = (const char *)biases,
+        .scale_row_stride = row_stride,
+        .scale_group_stride = group_stride,
+        .bias_row_stride = row_stride,
+        .bias_group_stride = group_stride,
+        .scale_type = QZ_F32,
+        .bias_type = QZ_F32,
+    };
+}
+
+static void dump(const char *name, ptrdiff_t units) {
+    char text[96];
+    snprintf(text, sizeof text, "%s %td", name, units);
+    CALLGRIND_DUMP_STATS_AT(text);
+}
+
+static void count_matmul_t(int which, int digits, ptrdiff_t m) {
+    const qz_format_kernels *format = kernels->format(formats[which].format, SLOT_OF_64);
+    char name[64];
+    snprintf(name, sizeof name, "matmul_t_%d_digits_%d_m_%td", formats[which].bits, digits, m);
+    for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
+        const ptrdiff_t stride = (ptrdiff_t)format->prepared_size[digits - 1](k), groups = k / GROUP;
+        for (ptrdiff_t i = 0; i < m; i++) format->prepare_x[digits - 1](prepared + i * stride, values + i * k, k);
+        const qz_matmul_job job = {
+            .w = codes,
+            .w_row_stride = k * formats[which].bits / 8,
+            .scales = scales_of(groups * 4, 4),
+            .group_size = GROUP,
+            .rows = ROWS,
+            .columns = k,
+            .x = prepared,
+            .x_stride = stride,
+            .m = m,
+            .y = results,
+        };
+        CALLGRIND_ZERO_STATS;
+        format->matmul_t[digits - 1](&job);
+        dump(name, ROWS * groups * m);
+    }
+}
+
+static void count_matmul_n(ptrdiff_t m) {
+    const qz_format_kernels *format = kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64);
+    char name[64];
+    snprintf(name, sizeof name, "matmul_n_4_digits_3_m_%td", m);
+    for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
+        const qz_matmul_job job = {
+            .w = codes,
+            .w_row_stride = GROUP * 4 / 8,
+            .scales = scales_of(4, 4),
+            .group_size = GROUP,
+            .rows = k,
+            .columns = GROUP,
+            .x = (const char *)values,
+            .x_stride = k * 4,
+            .m = m,
+            .y = results,
+        };
+        CALLGRIND_ZERO_STATS;
+        format->matmul_n[2](&job);
+        dump(name, k * m);
+    }
+}
+
+static void count_prepare_x(void) {
+    const qz_format_kernels *format = kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64);
+    for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
+        CALLGRIND_ZERO_STATS;
+        format->prepare_x[2](prepared, values, k);
+        dump("prepare_x_4_digits_3", k / GROUP);
+    }
+}
+
+static void count_quantize(qz_profile profile, const char *name) {
+    for (ptrdiff_t groups = 16; groups <= 32; groups *= 2) {
+        const qz_quantize_job job = {
+            .w = values,
+            .next = (const char *)values,
+            .step = 4,
+            .groups = groups,
+            .group_size = GROUP,
+            .packed = (uint8_t *)prepared,
+            .scales = results,
+            .biases = results + groups,
+        };
+        CALLGRIND_ZERO_STATS;
+        kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64)->quantize[profile](&job);
+        dump(name, groups);
+    }
+}
+
+static void count_dequantize(qz_type type, const char *name) {
+    for (ptrdiff_t groups = 16; groups <= 32; groups *= 2) {
+        const qz_dequantize_job job = {
+            .packed = codes,
+            .groups = groups,
+            .group_size = GROUP,
+            .scales = scales,
+            .biases = biases,
+            .round_products_to = QZ_F32,
+            .w = stored,
+            .w_type = type,
+        };
+        CALLGRIND_ZERO_STATS;
+        kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64)->dequantize(&job);
+        dump(name, groups);
+    }
+}
+
+static void count_elementwise(void) {
+    for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
+        CALLGRIND_ZERO_STATS;
+        kernels->fake_quantize(results, values, count, 4, 0);
+        dump("fake_quantize_4", count / 64);
+    }
+    for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
+        CALLGRIND_ZERO_STATS;
+        kernels->load(results, (const char *)halves, 2, QZ_F16, count);
+        dump("load_f16", count / 64);
+    }
+}
+
+int main(int arguments, char **argument) {
+    if (arguments != 2) return 2;
+    kernels = strcmp(argument[1], "avx2") == 0 ? &qz_kernels_avx2 : &qz_kernels_generic;
+    fill();
+    for (int which = 0; which < (int)(sizeof formats / sizeof *formats); which++) {
+        for (int digits = 1; digits <= QZ_MAX_DIGITS; digits++) count_matmul_t(which, digits, 1);
+    }
+    count_matmul_t(FORMAT_OF_4, 3, MOST_M);
+    count_matmul_n(1);
+    count_matmul_n(32);
+    count_prepare_x();
+    count_quantize(QZ_PROFILE_METAL, "quantize_4");
+    count_dequantize(QZ_F32, "dequantize_4_f32");
+    count_dequantize(QZ_F16, "dequantize_4_f16");
+    count_elementwise();
+    return 0;
+}
