@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,7 @@ from .sampling import Work
 from .weights import Weights, as_dtype
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One way to call a matmul: the type of x, and the options that choose an accuracy class."""
 
     dtype: str = "float32"
@@ -31,6 +30,11 @@ class Variant:
         return ", ".join(options)
 
     @property
+    def planes(self) -> int:
+        """How many 8-bit digits an element of x has in the exact class, and in that of int8 activations."""
+        return 1 if self.activations else 3 if self.dtype == "float32" else 2
+
+    @property
     def accuracy(self) -> str:
         """The accuracy class, in the words that peers get too."""
         if self.activations:
@@ -40,7 +44,16 @@ class Variant:
 
 EXACT, BF16, F16 = Variant(), Variant("bfloat16"), Variant("float16")
 INT8, FLOAT = Variant(activations="int8"), Variant(accumulate="float")
-VARIANTS = {"float32": EXACT, "bfloat16": BF16, "float16": F16, "int8": INT8, "float": FLOAT}
+ALIKE = {"exact f32": EXACT, "bf16": BF16, "int8 activations": INT8}
+"""What of ours is to be compared with a peer, by the peer's accuracy class."""
+
+
+KERNELS: dict[str, Any] = {
+    "affine_qmv": q.AffineQmv,
+    "affine_qvm": q.AffineQvm,
+    "affine_qmm_t": q.AffineQmmT,
+    "affine_qmm_n": q.AffineQmmN,
+}
 
 
 @contextlib.contextmanager
@@ -56,7 +69,7 @@ def missing(variant: Variant) -> str | None:
     try:
         q.affine_qmm_t(np.ones(32, np.float32), *w, accumulate=variant.accumulate, activations=variant.activations)
     except ValueError:
-        return "not there"
+        return f"accumulate={variant.accumulate} is not there"
     return None
 
 
@@ -64,7 +77,7 @@ def call_matmul(
     op: str, weights: Weights, m: int, variant: Variant, out: np.ndarray | None = None
 ) -> Callable[[], Any]:
     """Return a call of `op` that takes the next copy of the weights."""
-    kernel: Any = {"affine_qmv": q.AffineQmv, "affine_qmm_t": q.AffineQmmT, "affine_qmm_n": q.AffineQmmN}[op]()
+    kernel = KERNELS[op]()
     x = weights.x(m, variant.dtype)
     options: dict[str, Any] = {"group_size": weights.group_size, "bits": weights.bits}
     options |= {"accumulate": variant.accumulate, "activations": variant.activations, "out": out}
@@ -95,12 +108,17 @@ def scale_dtype_for(variant: Variant) -> str:
     return variant.dtype if variant.dtype != "float32" else "float16"
 
 
+CODES, ONCE = "affine g64 codes", "rounded once"
+"""Accuracy classes of what makes codes, by their format, and of what undoes them."""
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """An operation on arrays without a product: what to call, on what, and by which ceiling to judge it."""
 
     op: str
     what: str
+    accuracy: str
     ceiling: str
     work: Work
     nbytes: int
@@ -120,7 +138,7 @@ def quantizing(elements: int, dtype: str, bits: int) -> Elementwise:
     moved = w.nbytes + sum(part.nbytes for part in out)
     kernel = q.AffineQuantize()
     run = repeat(lambda: kernel(w, **options, out=out))
-    return Elementwise("affine_quantize", f"{dtype} to {bits} bits", "read", Work(run, moved), moved)
+    return Elementwise("affine_quantize", f"{dtype} to {bits} bits", CODES, "read", Work(run, moved), moved)
 
 
 def dequantizing(elements: int, dtype: str, bits: int) -> Elementwise:
@@ -132,7 +150,7 @@ def dequantizing(elements: int, dtype: str, bits: int) -> Elementwise:
     moved = out.nbytes + sum(part.nbytes for part in codes)
     kernel = q.AffineDequantize()
     run = repeat(lambda: kernel(*codes, 64, bits, dtype=dtype, out=out))
-    return Elementwise("affine_dequantize", f"{bits} bits to {dtype}", "stream", Work(run, moved), moved)
+    return Elementwise("affine_dequantize", f"{bits} bits to {dtype}", ONCE, "stream", Work(run, moved), moved)
 
 
 def fake_quantizing(elements: int, cached: bool) -> Elementwise:
@@ -142,7 +160,8 @@ def fake_quantizing(elements: int, cached: bool) -> Elementwise:
     kernel = q.VariableQuantizationKernel()
     run = repeat(lambda: kernel(x, 4, out=y))
     what = f"{elements:,} floats" + (" in L2" if cached else "")
-    return Elementwise("quantize", what, "copy" if cached else "stream", Work(run, 8 * elements), 8 * elements)
+    nbytes = 8 * elements
+    return Elementwise("quantize", what, "exact f32", "copy" if cached else "stream", Work(run, nbytes), nbytes)
 
 
 def tiny_call(dtype: str) -> Callable[[], Any]:

@@ -227,6 +227,8 @@ class Codec:
 
     name: str
     modules: tuple[str, ...]
+    codes: str
+    """The accuracy class of its codes: their format."""
     prepare: Callable[[np.ndarray], tuple[Callable[[], Any], Callable[[], Any], int]]
     """Takes float32 [rows, columns], returns the calls that quantize and dequantize and the bytes of the codes."""
 
@@ -255,4 +257,7 @@ def _mlx_codec(w: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any], int
     )
 
 
-CODECS = (Codec("gguf-py Q4_0", ("gguf",), _gguf), Codec("MLX affine 4 g64", ("mlx",), _mlx_codec))
+CODECS = (
+    Codec("gguf-py", ("gguf",), "Q4_0 codes: no bias", _gguf),
+    Codec("MLX", ("mlx",), "affine g64 codes", _mlx_codec),
+)
