@@ -15,7 +15,7 @@ import pytest
 
 import quantization as q
 import reference as ref
-from conftest import FORMATS, ISAS, SMALL
+from conftest import AVAILABLE, FORMATS, ISAS, SMALL
 
 F32 = np.float32
 NAN, INF = F32(np.nan), F32(np.inf)
@@ -907,10 +907,47 @@ def test_published_call_forms(rng):
 # The campaign
 
 
+def campaign(name):
+    """A script of campaigns/ as a module."""
+    path = Path(__file__).parent / "campaigns" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_short_campaign(capsys):
-    path = Path(__file__).parent / "campaigns" / "same_bits.py"
-    spec = importlib.util.spec_from_file_location("same_bits", path)
-    campaign = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(campaign)
-    campaign.main(["--quick"])
+    campaign("same_bits").main(["--quick"])
     assert capsys.readouterr().out.rstrip().endswith("identical")
+
+
+# Of the results of campaigns/same_bits_grid.py --quick: the same on every machine. They change with the definition of a
+# result, which the changelog must tell, and with the script's inputs.
+DIGESTS = {
+    "affine_2": "25a0a0e2a29cad66",
+    "affine_3": "521dd8bb0278e434",
+    "affine_4": "0a22ffca2258c011",
+    "affine_5": "7405cabdeb08080f",
+    "affine_6": "92e0c863f428bdc9",
+    "affine_8": "8af2d838b4cf85b0",
+}
+
+
+def test_results_are_those_of_every_machine(capsys):
+    assert campaign("same_bits_grid").main(["--quick"]) == DIGESTS
+    assert capsys.readouterr().out.rstrip().endswith("identical")
+
+
+def test_a_flipped_bit_ends_the_campaign(monkeypatch):
+    """The lowest bit of one element, on one instruction set, for one number of rows."""
+    right = q.affine_qmm_n
+
+    def wrong(x, *stored, **keywords):
+        y = right(x, *stored, **keywords)
+        if len(x) == 14 and q.AffineQmmN()._plan().isa == AVAILABLE[0]:
+            y.view(np.uint8)[13, 0] ^= 1
+        return y
+
+    monkeypatch.setattr(q, "affine_qmm_n", wrong)
+    with pytest.raises(SystemExit, match=r"same_bits_grid: affine_qmm_n, 2 bits(.|\n)*14 rows(.|\n)*y\[13, 0\]"):
+        campaign("same_bits_grid").main(["--quick"])
