@@ -20,6 +20,7 @@ from .rows import Row, as_json, table, write_json
 from .sampling import FULL, QUICK, Effort, Work, measure
 
 TABLES = ("matmul", "elementwise", "calls")
+ELEMENTWISE_TITLE = "quantize, dequantize, convert, fake quantize"
 WIDTHS = (2, 3, 4, 5, 6, 8)
 LEGEND = """\
 accuracy class: exact f32 = float32 x, sums at least as exact as float32's; exact, bfloat16 x = only x and y have 16
@@ -138,7 +139,7 @@ def tables(out: TextIO, options: Options) -> list[Row]:
         rows += found
     if "elementwise" in options.tables:
         found = list(elementwise.rows(options, options.effort))
-        _print_table(out, "quantize, dequantize, convert, fake quantize", found)
+        _print_table(out, ELEMENTWISE_TITLE, found)
         rows += found
     if "calls" in options.tables:
         found = list(elementwise.tiny_rows(options, options.effort))
