@@ -84,6 +84,7 @@ def _peer_row(row: Row, call: peers.Call, peer: peers.Peer, weights: Weights, is
     error = [math.nan]
 
     def take() -> Measurement:
+        effort.check()
         ceiling, amount = figure_of(weights, row.m, isa, row.threads)
         error[0] = weights.error(call(1), "float32", peer.dtype)
         call(weights.copies - 1)  # some libraries finish compiling in the first call of each
@@ -142,9 +143,11 @@ def our_cases(m: int, shape: Shape, full: bool) -> Iterator[tuple[str, Variant, 
 
 def rows(options: Any, effort: Effort) -> Iterator[Row]:
     """Yield the rows of the matmul table: for each matrix and number of threads, ours and then the peers."""
-    for (shape, bits), threads in itertools.product(options.matrices, options.threads):
+    tables = list(itertools.product(options.matrices, options.threads))
+    for i, ((shape, bits), threads) in enumerate(tables):
+        part = effort.part(1 / (len(tables) - i))
         for m in options.rows:
             for op, variant, cold in our_cases(m, shape, options.full):
-                yield our_row(op, shape, bits, m, variant, options.isa, threads, cold, effort)
+                yield our_row(op, shape, bits, m, variant, options.isa, threads, cold, part)
         for peer in chosen_peers(options.peers) if bits == 4 else []:
-            yield from peer_rows(peer, shape, bits, options.isa, threads, options.rows, effort)
+            yield from peer_rows(peer, shape, bits, options.isa, threads, options.rows, part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .rows import Row, as_json, table, write_json
 from .sampling import FULL, QUICK, Effort, Work, measure
 
 TABLES = ("matmul", "elementwise", "calls")
+SUMMARY_TITLE = "products in short"
 ELEMENTWISE_TITLE = "quantize, dequantize, convert, fake quantize"
 WIDTHS = (2, 3, 4, 5, 6, 8)
 LEGEND = """\
@@ -127,22 +129,36 @@ def print_gates(out: TextIO, lines: Sequence[dict[str, Any]]) -> None:
     out.flush()
 
 
+def _watched(title: str, rows: Iterator[Row]) -> list[Row]:
+    """Take all rows and meanwhile say on a terminal how far that is."""
+    found = []
+    show = sys.stderr.isatty()
+    for row in rows:
+        found.append(row)
+        if show:
+            line = f"{title}: {len(found)} rows, last {row.implementation} {row.what} {row.shape}"
+            print(f"\r{line[:78]:78}", end="", file=sys.stderr, flush=True)
+    if show:
+        print(f"\r{'':78}\r", end="", file=sys.stderr, flush=True)
+    return found
+
+
 def tables(out: TextIO, options: Options) -> list[Row]:
-    """Print the tables as they are measured and return their rows."""
-    rows = list(ceiling_rows(options))
+    """Print the tables as they are measured and return their rows; products may take most of the time there is."""
+    rows = _watched("ceilings", ceiling_rows(options))
     _print_table(out, "ceilings", rows)
     if "matmul" in options.tables:
-        found = list(matmuls.rows(options, options.effort))
+        found = _watched("products", matmuls.rows(options, options.effort.part(0.8)))
         _print_table(out, "products", found)
         if short := summary.table(found):
-            out.write(f"\nproducts in short\n\n{short}\n")
+            out.write(f"\n{SUMMARY_TITLE}\n\n{short}\n")
         rows += found
     if "elementwise" in options.tables:
-        found = list(elementwise.rows(options, options.effort))
+        found = _watched("elementwise", elementwise.rows(options, options.effort.part(0.95)))
         _print_table(out, ELEMENTWISE_TITLE, found)
         rows += found
     if "calls" in options.tables:
-        found = list(elementwise.tiny_rows(options, options.effort))
+        found = _watched("small calls", elementwise.tiny_rows(options, options.effort))
         _print_table(out, "small calls", found)
         rows += found
     out.write(f"\n{LEGEND}\n")

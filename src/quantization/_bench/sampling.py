@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -29,6 +30,11 @@ class Effort:
         """Raise TooSlowError if the time is up."""
         if time.monotonic() > self.deadline:
             raise TooSlowError("left out: time is up")
+
+    def part(self, share: float) -> Effort:
+        """Return the same with a deadline after a share of the time that is left."""
+        now = time.monotonic()
+        return dataclasses.replace(self, deadline=now + share * max(0.0, self.deadline - now))
 
 
 FEWEST, LONG = 3, 10
