@@ -1,4 +1,4 @@
-"""Put what `python -m quantization bench` printed into a README: ... bench | python .ci/readme_performance.py README.md.
+"""Put benchmark tables into a README: python -m quantization bench | python .ci/readme_performance.py README.md
 
 Of the program's output on stdin this takes the line of the CPU, the short tables and the legend; they replace what
 stands in the fenced block after "<!-- bench -->". A run that says "disturbed" is refused unless --anyway is given.

@@ -53,6 +53,11 @@ class Row:
     share: float = math.nan
     note: str = ""
 
+    @property
+    def disturbed(self) -> str:
+        """Whether a thread had to wait for a CPU, in a word."""
+        return "disturbed" if self.samples and self.share < LEAST_SHARE else ""
+
     def with_measurement(self, measurement: Measurement, error: float = math.nan) -> Row:
         """Return the row with its figures; of rivals, the first was the exact one and the last the one alike."""
         figures = dataclasses.asdict(measurement)
@@ -106,7 +111,7 @@ def _cells(row: Row) -> list[str]:
         times(row.by_exact),
         times(row.by_alike),
         _number(row.error, ".1e"),
-        row.note or ("disturbed" if row.samples and row.share < LEAST_SHARE else ""),
+        row.note or row.disturbed,
     ]
 
 

@@ -9,8 +9,22 @@ from .. import _text
 from .ours import ALIKE, Variant
 from .rows import Row, text_of_time, times
 
-HEADER = ("accuracy class", "N x K", "bits", "M", "threads", "ours", "by ceiling", "error", "fastest other",
-          "its time", "by ours alike", "by ours exact", "its error")  # fmt: skip
+HEADER = (
+    "accuracy class",
+    "N x K",
+    "bits",
+    "M",
+    "threads",
+    "ours",
+    "by ceiling",
+    "error",
+    "fastest other",
+    "its time",
+    "by ours alike",
+    "by ours exact",
+    "its error",
+    "note",
+)
 
 
 def _own(rows: Sequence[Row], variant: Variant) -> Iterator[Row]:
@@ -35,10 +49,10 @@ def _cells(own: Row, accuracy: str, others: list[Row]) -> list[str]:
     cells = [accuracy, own.shape, str(own.bits), str(own.m), str(own.threads), text_of_time(own.seconds)]
     cells += [f"{own.ceiling_name} {own.ratio:.2f}", f"{own.error:.1e}"]
     if not others:
-        return [*cells, "none measured", "", "", "", ""]
+        return [*cells, "none measured", "", "", "", "", own.disturbed]
     best = others[0]
-    return [*cells, best.implementation, text_of_time(best.seconds), times(best.by_alike), times(best.by_exact),
-            f"{best.error:.1e}"]  # fmt: skip
+    cells += [best.implementation, text_of_time(best.seconds), times(best.by_alike), times(best.by_exact)]
+    return [*cells, f"{best.error:.1e}", own.disturbed or best.disturbed]
 
 
 def table(rows: Sequence[Row]) -> str:
