@@ -84,11 +84,11 @@ def _few() -> Iterator[Gate]:
     with M, since a weight is decoded once for all rows.
     """
     for isa in ("avx512", "avx2"):
-        limits = (1.15, 1.0) if isa == "avx512" else (None, None)
+        must, stretch = (1.15, 1.0) if isa == "avx512" else (None, None)
         for variant in (EXACT, BF16):
             for m in (2, 3, 4, 8, 16):
                 name = f"M={m}, time / max(read, dots), {variant}"
-                yield Gate(name, "bound", isa, 1, Product(m, 4, variant), *limits, True)
+                yield Gate(name, "bound", isa, 1, Product(m, 4, variant), must, stretch, True)
 
 
 def _prefill() -> Iterator[Gate]:

@@ -70,7 +70,8 @@ MOST_COPIES = 64
 
 def _rivals(peer: peers.Peer, weights: Weights, m: int) -> list[Callable[[int], object]]:
     """Return our exact float32 product and, if that is another one, the one of the peer's accuracy class."""
-    op, calls = "affine_qmv" if m == 1 else "affine_qmm_t", []
+    op = "affine_qmv" if m == 1 else "affine_qmm_t"
+    calls: list[Callable[[int], object]] = []
     for variant in dict.fromkeys((ours.EXACT, ours.ALIKE[peer.accuracy])):
         dtype = ours.scale_dtype_for(variant)
         own = cached_weights(weights.shape, weights.bits, True, True, dtype, MOST_COPIES)
