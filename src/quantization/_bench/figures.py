@@ -17,7 +17,7 @@ from .sampling import Effort, Measurement, TooSlowError, Work, against, measure
 from .weights import Weights
 
 _SLOW = 60.0
-"""Seconds that one call of a peer may take."""
+"""Seconds that one call may take: a gate is to be missed, not left out, because a kernel is slow."""
 
 
 class NotMeasuredError(Exception):
@@ -82,6 +82,11 @@ def scaling(gate: Gate, isa: str, effort: Effort) -> Measurement:
         return measure(Work(call, 1.0), against("1 thread", alone), effort)
 
 
+def _in_microseconds(result: Measurement) -> Measurement:
+    """Return the same with the median time as figure; the spread was that of the ratios."""
+    return dataclasses.replace(result, ratio=result.seconds * 1e6, spread=0.0)
+
+
 def microseconds(gate: Gate, isa: str, effort: Effort) -> Measurement:
     """Take the time of a product whose weights are in the cache."""
     product = _product(gate)
@@ -89,7 +94,7 @@ def microseconds(gate: Gate, isa: str, effort: Effort) -> Measurement:
     ceiling, amount = figure_of(weights, product.m, isa, gate.threads)
     with settings(isa, gate.threads):
         result = measure(Work(_call(product, weights), amount), ceiling, effort)
-    return dataclasses.replace(result, ratio=result.seconds * 1e6)
+    return _in_microseconds(result)
 
 
 def _by_peer(gate: Gate, isa: str, effort: Effort, name: str) -> Measurement:
@@ -101,7 +106,7 @@ def _by_peer(gate: Gate, isa: str, effort: Effort, name: str) -> Measurement:
     other = peer.prepare(weights, gate.threads)(product.m)
     if product.m <= READ_BOUND:
         other(weights.copies)
-    patient = dataclasses.replace(effort, samples=3, longest_call=_SLOW) if name == "MLX" else effort
+    patient = dataclasses.replace(effort, samples=3) if name == "MLX" else effort
     with settings(isa, gate.threads):
         return measure(Work(_call(product, weights), 1.0), against(name, other), patient, settle=True)
 
@@ -143,7 +148,7 @@ def scratch_a_thread(gate: Gate, isa: str, effort: Effort) -> Measurement:
 
 def _call_overhead(dtype: str, effort: Effort) -> Measurement:
     result = elementwise.tiny(dtype, effort)
-    return dataclasses.replace(result, ratio=result.seconds * 1e6)
+    return _in_microseconds(result)
 
 
 FIGURES: dict[str, Callable[[Gate, str, Effort], Measurement]] = {
@@ -191,7 +196,7 @@ def take(gate: Gate, effort: Effort) -> dict[str, Any]:
             raise NotMeasuredError(machine.lacking(line["isa"]))
         if gate.threads > len(machine.cpus()):
             raise NotMeasuredError(f"only {len(machine.cpus())} CPU here")
-        result = FIGURES[gate.figure](gate, line["isa"], effort)
+        result = FIGURES[gate.figure](gate, line["isa"], dataclasses.replace(effort, longest_call=_SLOW))
     except (NotMeasuredError, TooSlowError, ImportError, MemoryError, RuntimeError, ValueError) as error:
         return line | {"verdict": f"not run: {_text.first_line(error)}"}
     said = verdict(gate, result.ratio) + (" (disturbed)" if result.share < LEAST_SHARE else "")

@@ -124,8 +124,8 @@ def _memory() -> Iterator[Gate]:
 
 
 def _others() -> Iterator[Gate]:
-    yield Gate("4096x4096 in L3, µs", "microseconds", "avx512", 1, Product(), 210, 160, True)
-    yield Gate("4096x4096 in L3, µs", "microseconds", "avx2", 1, Product(), None, None, True)
+    yield Gate(f"decode 4-bit, {EXACT}, 4096x4096 in L3, µs", "microseconds", "avx512", 1, Product(), 210, 160, True)
+    yield Gate(f"decode 4-bit, {EXACT}, 4096x4096 in L3, µs", "microseconds", "avx2", 1, Product(), None, None, True)
     for threads in (1, 2):
         yield Gate("fake quantize / NT copy", "fake_quantize_memory", "", threads, None, 0.85, 0.95, False, "exact f32")
     yield Gate("fake quantize / memcpy in L2", "fake_quantize_cache", "", 1, None, 0.45, 0.65, False, "exact f32")

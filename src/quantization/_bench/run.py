@@ -97,7 +97,7 @@ def _print_machine(out: TextIO, found: dict[str, Any], options: Options) -> None
 
 def _gate_cells(line: dict[str, Any]) -> list[str]:
     def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.3g}"
+        return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
     sign = "<= " if line["lower"] else ">= "
     limits = [sign + number(line[key]) if line[key] is not None else "" for key in ("must", "stretch")]
