@@ -144,22 +144,22 @@ def _watched(title: str, rows: Iterator[Row]) -> list[Row]:
 
 
 def tables(out: TextIO, options: Options) -> list[Row]:
-    """Print the tables as they are measured and return their rows; products may take most of the time there is."""
+    """Print the tables as they are measured and return their rows: the quick ones first, since time may be bounded."""
     rows = _watched("ceilings", ceiling_rows(options))
     _print_table(out, "ceilings", rows)
-    if "matmul" in options.tables:
-        found = _watched("products", matmuls.rows(options, options.effort.part(0.8)))
-        _print_table(out, "products", found)
-        if short := summary.table(found):
-            out.write(f"\n{SUMMARY_TITLE}\n\n{short}\n")
-        rows += found
-    if "elementwise" in options.tables:
-        found = _watched("elementwise", elementwise.rows(options, options.effort.part(0.95)))
-        _print_table(out, ELEMENTWISE_TITLE, found)
-        rows += found
     if "calls" in options.tables:
         found = _watched("small calls", elementwise.tiny_rows(options, options.effort))
         _print_table(out, "small calls", found)
+        rows += found
+    if "elementwise" in options.tables:
+        found = _watched("elementwise", elementwise.rows(options, options.effort.part(0.25)))
+        _print_table(out, ELEMENTWISE_TITLE, found)
+        rows += found
+    if "matmul" in options.tables:
+        found = _watched("products", matmuls.rows(options, options.effort))
+        _print_table(out, "products", found)
+        if short := summary.table(found):
+            out.write(f"\n{SUMMARY_TITLE}\n\n{short}\n")
         rows += found
     out.write(f"\n{LEGEND}\n")
     return rows
