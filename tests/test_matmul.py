@@ -924,17 +924,19 @@ def test_short_campaign(capsys):
 # Of the results of campaigns/same_bits_grid.py --quick: the same on every machine. They change with the definition of a
 # result, which the changelog must tell, and with the script's inputs.
 DIGESTS = {
-    "affine_2": "25a0a0e2a29cad66",
-    "affine_3": "521dd8bb0278e434",
-    "affine_4": "0a22ffca2258c011",
-    "affine_5": "7405cabdeb08080f",
-    "affine_6": "92e0c863f428bdc9",
-    "affine_8": "8af2d838b4cf85b0",
+    "affine_2": "cee316aad688dd81",
+    "affine_3": "b185f3780ccbb68a",
+    "affine_4": "87a898d8ce8b41b4",
+    "affine_5": "d7b41f896e281a66",
+    "affine_6": "69497a6e4a4d2431",
+    "affine_8": "a928d93311b00fe9",
 }
 
 
 def test_results_are_those_of_every_machine(capsys):
-    assert campaign("same_bits_grid").main(["--quick"]) == DIGESTS
+    names = ["affine_3", "affine_8"] if SMALL else list(DIGESTS)
+    arguments = [f"--format={name}" for name in names]
+    assert campaign("same_bits_grid").main(["--quick", *arguments]) == {name: DIGESTS[name] for name in names}
     assert capsys.readouterr().out.rstrip().endswith("identical")
 
 

@@ -25,9 +25,9 @@ import reference
 
 
 class Grid(NamedTuple):
-    """What is combined: x's types with those of the scales and `activations`, and the matrices' two sizes.
+    """What is combined: x's types with those of the scales and `activations`, and sizes N and K of matrices.
 
-    A matrix is `lines` long in the axis that is not packed and at least `packed` in the one that is.
+    Of the two, the one along which codes are packed is rounded up to whole groups.
     """
 
     operations: tuple[str, ...]
@@ -43,13 +43,13 @@ def _kinds(scales):
 
 
 # Rows on both sides of where kernels change, tiles end and batches are split. Sizes with tails in either axis; the
-# second is longer than x's planes may be to stay in the nearest cache.
+# second K is longer than x's planes may be to stay in the nearest cache.
 WHOLE = Grid(
     OPERATIONS,
     _kinds(lambda kind: KINDS),
     (1, 2, 3, 4, 5, 7, 8, 13, 14, 15, 16, 17, 31, 32, 33, 100),
     (1, 2, 3, 8),
-    ((75, 640), (33, 9000)),
+    ((75, 640), (9, 9000)),
 )
 QUICK = Grid(
     ("affine_qmm_t", "affine_qmm_n"),
@@ -92,9 +92,11 @@ class Case(NamedTuple):
 def case_of(operation, kinds, bits, group_size, size, rows):
     """Make the arrays of a product from integers alone."""
     kind, scale_kind, activations = kinds
-    lines, groups = size[0], -(-size[1] // group_size)
+    along_k = operation in ("affine_qmm_t", "affine_qmv")
+    lines, least = size if along_k else reversed(size)
+    groups = -(-least // group_size)
     packed = groups * group_size
-    k = packed if operation in ("affine_qmm_t", "affine_qmv") else lines
+    k = packed if along_k else lines
     wild = mixed(1, rows, k)
     x = fractions(wild) * np.where(wild % np.uint64(61) == 0, np.float32(2**12), np.float32(1))
     codes = (mixed(2, lines, packed) >> np.uint64(32)).astype(np.uint8) & np.uint8(2**bits - 1)
@@ -136,11 +138,15 @@ def main(arguments=None):
     """Print a line for each width; return the digests by format."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer types, rows, threads, operations and sizes")
-    grid = QUICK if parser.parse_args(arguments).quick else WHOLE
+    parser.add_argument("--format", action="append", help="only this one; may be given several times")
+    options = parser.parse_args(arguments)
+    grid = QUICK if options.quick else WHOLE
     isas = [entry["name"] for entry in reversed(quantization._C.isas()) if entry["available"]]
     digests, total = {}, 0
     try:
         for row in quantization._C.formats():
+            if options.format and row["name"] not in options.format:
+                continue
             digests[row["name"]], count = check_width(row, grid, isas)
             print(f"{row['name']}: {count} combinations, digest {digests[row['name']]}", flush=True)
             total += count
