@@ -516,6 +516,19 @@ def test_numbers_of_the_command_line(capsys):
     assert "no shape 'nothing'" in capsys.readouterr().err
 
 
+def test_lines_of_the_plot():
+    """A vector's product goes on as the matrix's; weights that stay in the cache are no point of a line by memory."""
+    vector = table_rows.Row("matmul", "quantization", "affine_qmv float32", "", "", 1, "8x64", 4, 1, "cold", ratio=0.5)
+    rows = [
+        vector,
+        dataclasses.replace(vector, memory="hot", ratio=0.1),
+        dataclasses.replace(vector, what="affine_qmm_t float32", m=8, ratio=0.25),
+        dataclasses.replace(vector, implementation="other", memory="64 copies"),
+    ]
+    mine, theirs = plot.lines_of(rows).values()
+    assert (mine, theirs) == ([(1, 0.5), (8, 0.25)], [(1, 0.5)])
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     row = table_rows.Row("matmul", "quantization", "affine_qmv", "exact f32", "avx2", 1, "64x64", 4, 1, "cold")
