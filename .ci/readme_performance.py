@@ -1,7 +1,8 @@
 """Put benchmark tables into a README: python -m quantization bench | python .ci/readme_performance.py README.md
 
 Of the program's output on stdin this takes the line of the CPU, the short tables and the legend; they replace what
-stands in the fenced block after "<!-- bench -->". A run that says "disturbed" is refused unless --anyway is given.
+stands in the fenced block after "<!-- bench -->". A run with rows that were disturbed or left out, or with no other
+library, is refused unless --anyway is given.
 """
 
 import pathlib
@@ -18,8 +19,11 @@ if missing:
 tables = [f"{title}\n\n{paragraphs[paragraphs.index(title) + 1]}" for title in TITLES]
 machine = paragraphs[0].splitlines()[:3]
 text = "\n\n".join(["\n".join(machine), *tables, paragraphs[-1]])
-if re.search(r"\bdisturbed$", text, re.MULTILINE) and "--anyway" not in sys.argv[2:]:
-    sys.exit("readme_performance: rows were disturbed: measure on a machine that does nothing else, or give --anyway")
+spoiled = re.search(r"^.*(disturbed|time is up|none measured)( *\||$)", "\n\n".join(tables), re.MULTILINE)
+if spoiled and "--anyway" not in sys.argv[2:]:
+    sys.exit(
+        f"readme_performance: measure with peers on a machine that does nothing else, or give --anyway: {spoiled[0]}"
+    )
 readme = path.read_text(encoding="utf-8")
 block = re.compile(r"(?<=<!-- bench -->\n```text\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 if len(block.findall(readme)) != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,10 +129,15 @@ def _columns(elements: int) -> tuple[int, int]:
     return max(1, elements // 4096), min(elements, 4096)
 
 
+@functools.lru_cache(maxsize=1)
+def _normal(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+
+
 def quantizing(elements: int, dtype: str, bits: int) -> Elementwise:
     """Return `affine_quantize` of an array of so many elements."""
     shape = _columns(elements)
-    w = as_dtype(np.random.default_rng(1).standard_normal(shape, dtype=np.float32), dtype)
+    w = as_dtype(_normal(shape), dtype)
     options: dict[str, Any] = {"group_size": 64, "bits": bits}
     options |= {"input_dtype": "bfloat16"} if dtype == "bfloat16" else {}
     out = q.affine_quantize(w, **options)
@@ -144,7 +150,7 @@ def quantizing(elements: int, dtype: str, bits: int) -> Elementwise:
 def dequantizing(elements: int, dtype: str, bits: int) -> Elementwise:
     """Return `affine_dequantize` to an array of so many elements; to 16 bits it is the conversion of types too."""
     shape = _columns(elements)
-    codes = q.affine_quantize(np.random.default_rng(1).standard_normal(shape, dtype=np.float32), 64, bits)
+    codes = q.affine_quantize(_normal(shape), 64, bits)
     out = aligned(elements * (4 if dtype == "float32" else 2))
     out = out.view({"bfloat16": np.uint16}.get(dtype, dtype)).reshape(shape)
     moved = out.nbytes + sum(part.nbytes for part in codes)
