@@ -576,20 +576,33 @@ def test_what_is_not_installed_is_a_row_that_says_so():
     assert row.note == "no_such_module is not installed"
 
 
+def dense_peer(accuracy, error):
+    """A product with the dense matrix, wrong by a factor of 1 + error."""
+
+    def prepare(weights, threads):
+        dense = [weights.dense(copy).T * np.float32(1 + error) for copy in range(weights.copies)]
+        return lambda m: lambda count: [weights.x(m, "float32") @ dense[i % len(dense)] for i in range(count)][-1]
+
+    return peers.Peer("dense", (), "float32", accuracy, prepare)
+
+
 @pytest.mark.parametrize("accuracy", ours.ALIKE)
 def test_peers_are_sampled_in_turn_with_ours(accuracy):
     """With a peer of our own making, in whose place any may stand."""
-
-    def prepare(weights, threads):
-        dense = [weights.dense(copy).T for copy in range(weights.copies)]
-        return lambda m: lambda count: [weights.x(m, "float32") @ dense[i % len(dense)] for i in range(count)][-1]
-
-    peer = peers.Peer("dense", (), "float32", accuracy, prepare)
+    peer = dense_peer(accuracy, 0.0 if accuracy == "exact f32" else 2.0**-9)
     weights = matmuls.cached_weights(SMALL_SHAPE, 4, True, True, "float16", matmuls.MOST_COPIES)
     for row in matmuls.peer_rows(peer, SMALL_SHAPE, 4, ISAS[0], 1, (1, 3), HASTE):
         assert row.note == "" and row.by_exact > 0 and row.by_alike > 0
         assert (row.by_exact == row.by_alike) == (accuracy == "exact f32")
-        assert row.memory == weights.memory and row.error <= 64 * 2.0**-24
+        assert row.memory == weights.memory and row.error <= 2.0**-9 + 64 * 2.0**-24
+
+
+def test_a_peer_is_in_the_class_that_its_error_tells():
+    """One that could round x but does not, and one that should not but does."""
+    (row,) = matmuls.peer_rows(dense_peer("int8 activations", 0.0), SMALL_SHAPE, 4, ISAS[0], 1, (3,), HASTE)
+    assert row.accuracy == "exact f32" and row.by_exact == row.by_alike > 0
+    (row,) = matmuls.peer_rows(dense_peer("exact f32", 2.0**-9), SMALL_SHAPE, 4, ISAS[0], 1, (3,), HASTE)
+    assert row.note == "not exact: error 2.0e-03" and math.isnan(row.by_exact)
 
 
 def test_copies_can_be_limited():

@@ -68,11 +68,11 @@ MOST_COPIES = 64
 """Copies of small matrices that peers get, and ours beside them: each may be a compiled model of its own."""
 
 
-def _rivals(peer: peers.Peer, weights: Weights, m: int) -> list[Callable[[int], object]]:
-    """Return our exact float32 product and, if that is another one, the one of the peer's accuracy class."""
+def _rivals(accuracy: str, weights: Weights, m: int) -> list[Callable[[int], object]]:
+    """Return our exact float32 product and, if that is another one, the one of the accuracy class."""
     op = "affine_qmv" if m == 1 else "affine_qmm_t"
     calls: list[Callable[[int], object]] = []
-    for variant in dict.fromkeys((ours.EXACT, ours.ALIKE[peer.accuracy])):
+    for variant in dict.fromkeys((ours.EXACT, ours.ALIKE[accuracy])):
         dtype = ours.scale_dtype_for(variant)
         own = cached_weights(weights.shape, weights.bits, True, True, dtype, MOST_COPIES)
         out = ours.output(own, m, variant)
@@ -80,20 +80,41 @@ def _rivals(peer: peers.Peer, weights: Weights, m: int) -> list[Callable[[int], 
     return calls
 
 
+EXACT_ERROR = 1e-5
+"""Between the errors of float32 sums, about 1e-6 at most, and those of anything with 16 bits, about 1e-3 at least."""
+
+
+def _class_found(accuracy: str, error: float) -> str:
+    """Return the accuracy class that a peer turns out to be in: some round x only where the CPU gains by it.
+
+    Raises
+    ------
+    RuntimeError
+        If it is less exact than it should be.
+    """
+    if error <= EXACT_ERROR:
+        return "exact f32"
+    if accuracy == "exact f32":
+        raise RuntimeError(f"not exact: error {error:.1e}")
+    return accuracy
+
+
 def _peer_row(row: Row, call: peers.Call, peer: peers.Peer, weights: Weights, isa: str, effort: Effort) -> Row:
     """Measure a peer's product between its ceiling and ours."""
-    error = [math.nan]
+    found: dict[str, Any] = {}
 
     def take() -> Measurement:
         effort.check()
         ceiling, amount = figure_of(weights, row.m, isa, row.threads)
-        error[0] = weights.error(call(1), "float32", peer.dtype)
+        found["error"] = weights.error(call(1), "float32", peer.dtype)
+        found["accuracy"] = _class_found(peer.accuracy, found["error"])
         call(weights.copies - 1)  # some libraries finish compiling in the first call of each
-        return measure(Work(call, amount), ceiling, effort, _rivals(peer, weights, row.m), settle=True)
+        rivals = _rivals(found["accuracy"], weights, row.m)
+        return measure(Work(call, amount), ceiling, effort, rivals, settle=True)
 
     with settings(isa, row.threads):
         row = row.measured(take)
-    return dataclasses.replace(row, error=error[0])
+    return dataclasses.replace(row, **found)
 
 
 def peer_rows(peer: peers.Peer, shape: Shape, bits: int, isa: str, threads: int, numbers: Iterable[int],

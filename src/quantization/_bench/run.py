@@ -26,7 +26,8 @@ ELEMENTWISE_TITLE = "quantize, dequantize, convert, fake quantize"
 WIDTHS = (2, 3, 4, 5, 6, 8)
 LEGEND = """\
 accuracy class: exact f32 = float32 x, sums at least as exact as float32's; exact, bfloat16 x = only x and y have 16
-bits; bf16 = that or coarser sums; int8 activations = x rounded to 8 bits.
+bits; bf16 = that or coarser sums; int8 activations = x rounded to 8 bits. A library that could round x on this CPU
+but by its error does not is among exact f32.
 rate: GB/s of codes, scales and biases at M <= 2, else GFLOP/s (2MNK); others' too, whatever their own format holds.
 ceiling: measured directly after each sample with the same threads: read = reading the same bytes, fma = float32 FMA
 peak, stream = non-temporal copy, copy = memcpy (both read + written). by ceiling: median ± half the quartiles' range.
