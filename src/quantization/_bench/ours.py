@@ -129,9 +129,11 @@ def _columns(elements: int) -> tuple[int, int]:
     return max(1, elements // 4096), min(elements, 4096)
 
 
-@functools.lru_cache(maxsize=1)
-def _normal(shape: tuple[int, int]) -> np.ndarray:
+def _draw(shape: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+
+
+_normal = functools.lru_cache(maxsize=1)(_draw)
 
 
 def quantizing(elements: int, dtype: str, bits: int) -> Elementwise:
