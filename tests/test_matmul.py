@@ -15,7 +15,7 @@ import pytest
 
 import quantization as q
 import reference as ref
-from conftest import FORMATS, ISAS, SMALL
+from conftest import AVAILABLE, FORMATS, ISAS, SMALL
 
 F32 = np.float32
 NAN, INF = F32(np.nan), F32(np.inf)
@@ -907,10 +907,49 @@ def test_published_call_forms(rng):
 # The campaign
 
 
+def campaign(name):
+    """A script of campaigns/ as a module."""
+    path = Path(__file__).parent / "campaigns" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_short_campaign(capsys):
-    path = Path(__file__).parent / "campaigns" / "same_bits.py"
-    spec = importlib.util.spec_from_file_location("same_bits", path)
-    campaign = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(campaign)
-    campaign.main(["--quick"])
+    campaign("same_bits").main(["--quick"])
     assert capsys.readouterr().out.rstrip().endswith("identical")
+
+
+# Of the results of campaigns/same_bits_grid.py --quick: the same on every machine. They change with the definition of a
+# result, which the changelog must tell, and with the script's inputs.
+DIGESTS = {
+    "affine_2": "cee316aad688dd81",
+    "affine_3": "b185f3780ccbb68a",
+    "affine_4": "87a898d8ce8b41b4",
+    "affine_5": "d7b41f896e281a66",
+    "affine_6": "69497a6e4a4d2431",
+    "affine_8": "a928d93311b00fe9",
+}
+
+
+def test_results_are_those_of_every_machine(capsys):
+    names = ["affine_3", "affine_8"] if SMALL else list(DIGESTS)
+    arguments = [f"--format={name}" for name in names]
+    assert campaign("same_bits_grid").main(["--quick", *arguments]) == {name: DIGESTS[name] for name in names}
+    assert capsys.readouterr().out.rstrip().endswith("identical")
+
+
+def test_a_flipped_bit_ends_the_campaign(monkeypatch):
+    """The lowest bit of one element, on one instruction set, for one number of rows."""
+    right = q.affine_qmm_n
+
+    def wrong(x, *stored, **keywords):
+        y = right(x, *stored, **keywords)
+        if len(x) == 14 and q.AffineQmmN()._plan().isa == AVAILABLE[0]:
+            y.view(np.uint8)[13, 0] ^= 1
+        return y
+
+    monkeypatch.setattr(q, "affine_qmm_n", wrong)
+    with pytest.raises(SystemExit, match=r"same_bits_grid: affine_qmm_n, 2 bits(.|\n)*14 rows(.|\n)*y\[13, 0\]"):
+        campaign("same_bits_grid").main(["--quick"])

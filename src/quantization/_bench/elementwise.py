@@ -11,7 +11,7 @@ from . import ceilings, machine, ours, peers
 from .ceilings import Ceiling
 from .ours import Elementwise, repeat, settings
 from .rows import Row
-from .sampling import Effort, Measurement, TooSlowError, Work, measure
+from .sampling import Effort, Measurement, Work, measure
 
 
 def large() -> int:
@@ -34,14 +34,10 @@ def ceiling_for(case: Elementwise, isa: str, threads: int) -> Ceiling:
 
 def measured(case: Elementwise, isa: str, threads: int, effort: Effort) -> Row:
     """Measure a case of ours."""
-    row = Row("elementwise", "quantization", f"{case.op} {case.what}", "same bits", isa, threads)
+    row = Row("elementwise", "quantization", f"{case.op} {case.what}", case.accuracy, isa, threads)
     ceiling = ceiling_for(case, isa, threads)
     with settings(isa, threads):
-        try:
-            result = measure(case.work, ceiling, effort)
-        except TooSlowError as error:
-            return row.with_note(str(error))
-    return row.with_measurement(result)
+        return row.measured(lambda: measure(case.work, ceiling, effort))
 
 
 def _cases(full: bool) -> Iterator[Callable[[], Elementwise]]:
@@ -55,21 +51,28 @@ def _cases(full: bool) -> Iterator[Callable[[], Elementwise]]:
 
 
 def _peer_rows(isa: str, effort: Effort) -> Iterator[Row]:
-    w = np.random.default_rng(1).standard_normal((large() // 16 // 4096, 4096), dtype=np.float32)
+    """Measure the peers on a sixteenth of what we are measured on: they are so much slower."""
+    elements = large() // 16
+    w = np.random.default_rng(1).standard_normal((max(1, elements // 4096), 4096), dtype=np.float32)
+    calls = ours.quantizing(w.size, "float32", 4), ours.dequantizing(w.size, "float32", 4)
     for codec in peers.CODECS:
-        row = Row("elementwise", codec.name, "quantize", "", "", 1)
-        if why := codec.missing():
-            yield row.with_note(why)
-            continue
-        quantize, dequantize, nbytes = codec.prepare(w)
-        size = f"{w.size:,} floats"
-        for what, call in ((f"quantize {size}", quantize), (f"dequantize {size}", dequantize)):
-            moved = w.nbytes + nbytes
-            row = Row("elementwise", codec.name, what, "", "", 1)
-            buffer = ceilings.aligned(4 * machine.last_level_cache() // ceilings.BLOCK * ceilings.BLOCK)
-            ceiling = ceilings.reading(lambda count, buffer=buffer: [buffer] * count, isa, 1)  # type: ignore[misc]
-            result = measure(Work(repeat(call), moved), ceiling, effort)
-            yield row.with_measurement(result)
+        for what, accuracy, own in zip(("quantize", "dequantize"), (codec.codes, ours.ONCE), calls, strict=True):
+            row = Row("elementwise", codec.name, f"{what} {w.size:,} floats", accuracy, "", 1)
+            if why := codec.missing():
+                yield row.with_note(why)
+                continue
+            with settings(isa, 1):
+                yield row.measured(lambda: _codec_measured(codec, what, w, own, isa, effort))  # noqa: B023
+
+
+def _codec_measured(codec: peers.Codec, what: str, w: np.ndarray, own: Elementwise, isa: str,
+                    effort: Effort) -> Measurement:  # fmt: skip
+    effort.check()
+    quantize, dequantize, nbytes = codec.prepare(w)
+    buffer = ceilings.aligned(4 * machine.last_level_cache() // ceilings.BLOCK * ceilings.BLOCK)
+    ceiling = ceilings.reading(lambda count: [buffer] * count, isa, 1)
+    work = Work(repeat(quantize if what == "quantize" else dequantize), w.nbytes + nbytes)
+    return measure(work, ceiling, effort, [own.work.run], settle=True)
 
 
 def rows(options: Any, effort: Effort) -> Iterator[Row]:
@@ -87,8 +90,11 @@ def rows(options: Any, effort: Effort) -> Iterator[Row]:
 def tiny_rows(options: Any, effort: Effort) -> Iterator[Row]:
     """Yield what a call costs when there is hardly anything to compute."""
     for dtype in ("float32", "bfloat16"):
-        row = Row("calls", "quantization", f"affine_qmv 64 x 64 {dtype}, out=", "", options.isa, 1)
-        yield row.with_measurement(tiny(dtype, effort))
+        accuracy = ours.Variant(dtype).accuracy
+        row = Row(
+            "calls", "quantization", f"affine_qmv {dtype}, compiled, out=", accuracy, options.isa, 1, "64x64", 4, 1
+        )
+        yield row.measured(lambda: tiny(dtype, effort))  # noqa: B023
 
 
 def tiny(dtype: str, effort: Effort) -> Measurement:

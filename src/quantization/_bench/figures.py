@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import elementwise, machine, ours, peers, scratch
+from .. import _text
+from . import ceilings, elementwise, machine, ours, peers, scratch
+from .clock import LEAST_SHARE
 from .gates import Gate, Product, verdict
 from .matmuls import READ_BOUND, cached_weights, figure_of
 from .ours import settings
@@ -15,7 +17,7 @@ from .sampling import Effort, Measurement, TooSlowError, Work, against, measure
 from .weights import Weights
 
 _SLOW = 60.0
-"""Seconds that one call of a peer may take."""
+"""Seconds that one call may take: a gate is to be missed, not left out, because a kernel is slow."""
 
 
 class NotMeasuredError(Exception):
@@ -23,9 +25,8 @@ class NotMeasuredError(Exception):
 
 
 def _call(product: Product, weights: Weights) -> Callable[[int], Any]:
-    op = "affine_qmv" if product.m == 1 else "affine_qmm_t"
     out = ours.output(weights, product.m, product.variant)
-    return ours.repeat(ours.call_matmul(op, weights, product.m, product.variant, out))
+    return ours.repeat(ours.call_matmul(product.operation, weights, product.m, product.variant, out))
 
 
 def _weights(product: Product, cold: bool) -> Weights:
@@ -48,13 +49,23 @@ def roof(gate: Gate, isa: str, effort: Effort) -> Measurement:
         return measure(Work(_call(product, weights), amount), ceiling, effort)
 
 
-def flat(gate: Gate, isa: str, effort: Effort) -> Measurement:
-    """Divide the time of M rows by that of one."""
+def bound(gate: Gate, isa: str, effort: Effort) -> Measurement:
+    """Divide the time by that of reading the weights or that of the dots at their peak, whichever takes longer.
+
+    Being the longer one, it is that by which the work's share is the larger.
+    """
     product = _product(gate)
     weights = _weights(product, True)
-    one, many = _call(product._replace(m=1), weights), _call(product, weights)
+    dots = 2.0 * product.variant.planes * product.m * product.shape.n * product.shape.k
+    limits = (
+        (ceilings.reading(weights.spans, isa, gate.threads), float(weights.nbytes)),
+        (ceilings.arithmetic("dot", isa, gate.threads), dots),
+    )
+    call = _call(product, weights)
     with settings(isa, gate.threads):
-        return measure(Work(one, 1.0), against("M rows", many), effort)
+        found = [measure(Work(call, amount), limit, effort) for limit, amount in limits]
+    result = max(found, key=lambda one: one.ratio)
+    return dataclasses.replace(result, ratio=1 / result.ratio, spread=result.spread / result.ratio**2)
 
 
 def scaling(gate: Gate, isa: str, effort: Effort) -> Measurement:
@@ -71,6 +82,11 @@ def scaling(gate: Gate, isa: str, effort: Effort) -> Measurement:
         return measure(Work(call, 1.0), against("1 thread", alone), effort)
 
 
+def _in_microseconds(result: Measurement) -> Measurement:
+    """Return the same with the median time as figure; the spread was that of the ratios."""
+    return dataclasses.replace(result, ratio=result.seconds * 1e6, spread=0.0)
+
+
 def microseconds(gate: Gate, isa: str, effort: Effort) -> Measurement:
     """Take the time of a product whose weights are in the cache."""
     product = _product(gate)
@@ -78,7 +94,7 @@ def microseconds(gate: Gate, isa: str, effort: Effort) -> Measurement:
     ceiling, amount = figure_of(weights, product.m, isa, gate.threads)
     with settings(isa, gate.threads):
         result = measure(Work(_call(product, weights), amount), ceiling, effort)
-    return dataclasses.replace(result, ratio=result.seconds * 1e6)
+    return _in_microseconds(result)
 
 
 def _by_peer(gate: Gate, isa: str, effort: Effort, name: str) -> Measurement:
@@ -90,7 +106,7 @@ def _by_peer(gate: Gate, isa: str, effort: Effort, name: str) -> Measurement:
     other = peer.prepare(weights, gate.threads)(product.m)
     if product.m <= READ_BOUND:
         other(weights.copies)
-    patient = dataclasses.replace(effort, samples=3, longest_call=_SLOW) if name == "MLX" else effort
+    patient = dataclasses.replace(effort, samples=3) if name == "MLX" else effort
     with settings(isa, gate.threads):
         return measure(Work(_call(product, weights), 1.0), against(name, other), patient, settle=True)
 
@@ -122,23 +138,22 @@ def fake_quantize_cache(gate: Gate, isa: str, effort: Effort) -> Measurement:
 
 
 def scratch_a_thread(gate: Gate, isa: str, effort: Effort) -> Measurement:
-    """Take the MiB beyond arguments and planes of x (three bytes an element), by threads."""
+    """Take the MiB beyond arguments, planes of x included, by threads."""
+    effort.check()
     product = _product(gate)
-    n, k = product.shape
-    taken, planes = scratch.take(isa, gate.threads, n, k, product.m) / 2**20, 3 * product.m * k / 2**20
-    beyond = max(0.0, taken - planes) / gate.threads
+    taken = max(0.0, scratch.take(isa, gate.threads, product) / 2**20)
     nan = float("nan")
-    return Measurement(nan, taken, planes, beyond, 0.0, 1, 0, 1.0, "MiB", "planes of x")
+    return Measurement(nan, taken, nan, taken / gate.threads, 0.0, 1, 0, 1.0, "MiB")
 
 
 def _call_overhead(dtype: str, effort: Effort) -> Measurement:
     result = elementwise.tiny(dtype, effort)
-    return dataclasses.replace(result, ratio=result.seconds * 1e6)
+    return _in_microseconds(result)
 
 
 FIGURES: dict[str, Callable[[Gate, str, Effort], Measurement]] = {
     "roof": roof,
-    "flat": flat,
+    "bound": bound,
     "scaling": scaling,
     "microseconds": microseconds,
     "blas": blas,
@@ -155,14 +170,19 @@ def _absolute(result: Measurement) -> str:
     """Say what a ratio was made of: both rates, or both times."""
     if result.unit == "calls":
         return f"{text_of_time(1e-9 / result.ceiling)} / {text_of_time(result.seconds)}"
-    if result.ceiling_name == "planes of x":
-        return f"{result.rate:.1f} MiB, planes of x {result.ceiling:.1f} MiB"
+    if result.unit == "MiB":
+        return f"{result.rate:.1f} MiB"
     return f"{result.rate:.1f} of {result.ceiling:.1f} {result.unit}" if result.unit else ""
 
 
 def take(gate: Gate, effort: Effort) -> dict[str, Any]:
     """Return a gate's line as plain values: its figure and verdict, or why there is none."""
-    line: dict[str, Any] = {"gate": gate.name, "isa": gate.isa or machine.default_isa(), "threads": gate.threads}
+    line: dict[str, Any] = {
+        "gate": gate.name,
+        "accuracy": gate.accuracy,
+        "isa": gate.isa or machine.default_isa(),
+        "threads": gate.threads,
+    }
     line |= {
         "figure": None,
         "spread": None,
@@ -173,15 +193,13 @@ def take(gate: Gate, effort: Effort) -> dict[str, Any]:
     }
     try:
         if line["isa"] not in machine.isas():
-            raise NotMeasuredError("CPU lacks it")
+            raise NotMeasuredError(machine.lacking(line["isa"]))
         if gate.threads > len(machine.cpus()):
-            raise NotMeasuredError(f"only {len(machine.cpus())} CPU")
-        result = FIGURES[gate.figure](gate, line["isa"], effort)
-    except (NotMeasuredError, TooSlowError, RuntimeError, ImportError, ValueError) as error:
-        return line | {"verdict": f"not measured: {error}"}
-    said = verdict(gate, result.ratio)
-    if result.share < 0.985 and said == "MISSED":
-        said += " (disturbed)"
+            raise NotMeasuredError(f"only {len(machine.cpus())} CPU here")
+        result = FIGURES[gate.figure](gate, line["isa"], dataclasses.replace(effort, longest_call=_SLOW))
+    except (NotMeasuredError, TooSlowError, ImportError, MemoryError, RuntimeError, ValueError) as error:
+        return line | {"verdict": f"not run: {_text.first_line(error)}"}
+    said = verdict(gate, result.ratio) + (" (disturbed)" if result.share < LEAST_SHARE else "")
     return line | {"figure": result.ratio, "spread": result.spread, "measured": _absolute(result), "verdict": said}
 
 

@@ -92,6 +92,19 @@ def isas() -> list[str]:
     return [entry["name"] for entry in _C.isas() if entry["available"]]
 
 
+_TITLES = {
+    "avx512": "AVX-512 (with VNNI and VBMI)",
+    "avx2": "AVX2",
+    "neon": "NEON",
+    "neon_dotprod": "NEON dot products",
+}
+
+
+def lacking(isa: str) -> str:
+    """Say that an instruction set cannot run here."""
+    return f"this CPU has no {_TITLES.get(isa, isa)}"
+
+
 def default_isa() -> str:
     """Return the instruction set that calls use: the best, unless the environment asks for another."""
     return compile_plan("quantize", None).isa

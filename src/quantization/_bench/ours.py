@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,7 @@ from .sampling import Work
 from .weights import Weights, as_dtype
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One way to call a matmul: the type of x, and the options that choose an accuracy class."""
 
     dtype: str = "float32"
@@ -31,6 +31,11 @@ class Variant:
         return ", ".join(options)
 
     @property
+    def planes(self) -> int:
+        """How many 8-bit digits an element of x has in the exact class, and in that of int8 activations."""
+        return 1 if self.activations else 3 if self.dtype == "float32" else 2
+
+    @property
     def accuracy(self) -> str:
         """The accuracy class, in the words that peers get too."""
         if self.activations:
@@ -40,7 +45,16 @@ class Variant:
 
 EXACT, BF16, F16 = Variant(), Variant("bfloat16"), Variant("float16")
 INT8, FLOAT = Variant(activations="int8"), Variant(accumulate="float")
-VARIANTS = {"float32": EXACT, "bfloat16": BF16, "float16": F16, "int8": INT8, "float": FLOAT}
+ALIKE = {"exact f32": EXACT, "bf16": BF16, "int8 activations": INT8}
+"""What of ours is to be compared with a peer, by the peer's accuracy class."""
+
+
+KERNELS: dict[str, Any] = {
+    "affine_qmv": q.AffineQmv,
+    "affine_qvm": q.AffineQvm,
+    "affine_qmm_t": q.AffineQmmT,
+    "affine_qmm_n": q.AffineQmmN,
+}
 
 
 @contextlib.contextmanager
@@ -56,7 +70,7 @@ def missing(variant: Variant) -> str | None:
     try:
         q.affine_qmm_t(np.ones(32, np.float32), *w, accumulate=variant.accumulate, activations=variant.activations)
     except ValueError:
-        return "not there"
+        return f"accumulate={variant.accumulate} is not there"
     return None
 
 
@@ -64,7 +78,7 @@ def call_matmul(
     op: str, weights: Weights, m: int, variant: Variant, out: np.ndarray | None = None
 ) -> Callable[[], Any]:
     """Return a call of `op` that takes the next copy of the weights."""
-    kernel: Any = {"affine_qmv": q.AffineQmv, "affine_qmm_t": q.AffineQmmT, "affine_qmm_n": q.AffineQmmN}[op]()
+    kernel = KERNELS[op]()
     x = weights.x(m, variant.dtype)
     options: dict[str, Any] = {"group_size": weights.group_size, "bits": weights.bits}
     options |= {"accumulate": variant.accumulate, "activations": variant.activations, "out": out}
@@ -95,12 +109,17 @@ def scale_dtype_for(variant: Variant) -> str:
     return variant.dtype if variant.dtype != "float32" else "float16"
 
 
+CODES, ONCE = "affine g64 codes", "rounded once"
+"""Accuracy classes of what makes codes, by their format, and of what undoes them."""
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """An operation on arrays without a product: what to call, on what, and by which ceiling to judge it."""
 
     op: str
     what: str
+    accuracy: str
     ceiling: str
     work: Work
     nbytes: int
@@ -110,29 +129,36 @@ def _columns(elements: int) -> tuple[int, int]:
     return max(1, elements // 4096), min(elements, 4096)
 
 
+def _draw(shape: tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+
+
+_normal = functools.lru_cache(maxsize=1)(_draw)
+
+
 def quantizing(elements: int, dtype: str, bits: int) -> Elementwise:
     """Return `affine_quantize` of an array of so many elements."""
     shape = _columns(elements)
-    w = as_dtype(np.random.default_rng(1).standard_normal(shape, dtype=np.float32), dtype)
+    w = as_dtype(_normal(shape), dtype)
     options: dict[str, Any] = {"group_size": 64, "bits": bits}
     options |= {"input_dtype": "bfloat16"} if dtype == "bfloat16" else {}
     out = q.affine_quantize(w, **options)
     moved = w.nbytes + sum(part.nbytes for part in out)
     kernel = q.AffineQuantize()
     run = repeat(lambda: kernel(w, **options, out=out))
-    return Elementwise("affine_quantize", f"{dtype} to {bits} bits", "read", Work(run, moved), moved)
+    return Elementwise("affine_quantize", f"{dtype} to {bits} bits", CODES, "read", Work(run, moved), moved)
 
 
 def dequantizing(elements: int, dtype: str, bits: int) -> Elementwise:
     """Return `affine_dequantize` to an array of so many elements; to 16 bits it is the conversion of types too."""
     shape = _columns(elements)
-    codes = q.affine_quantize(np.random.default_rng(1).standard_normal(shape, dtype=np.float32), 64, bits)
+    codes = q.affine_quantize(_normal(shape), 64, bits)
     out = aligned(elements * (4 if dtype == "float32" else 2))
     out = out.view({"bfloat16": np.uint16}.get(dtype, dtype)).reshape(shape)
     moved = out.nbytes + sum(part.nbytes for part in codes)
     kernel = q.AffineDequantize()
     run = repeat(lambda: kernel(*codes, 64, bits, dtype=dtype, out=out))
-    return Elementwise("affine_dequantize", f"{bits} bits to {dtype}", "stream", Work(run, moved), moved)
+    return Elementwise("affine_dequantize", f"{bits} bits to {dtype}", ONCE, "stream", Work(run, moved), moved)
 
 
 def fake_quantizing(elements: int, cached: bool) -> Elementwise:
@@ -142,7 +168,8 @@ def fake_quantizing(elements: int, cached: bool) -> Elementwise:
     kernel = q.VariableQuantizationKernel()
     run = repeat(lambda: kernel(x, 4, out=y))
     what = f"{elements:,} floats" + (" in L2" if cached else "")
-    return Elementwise("quantize", what, "copy" if cached else "stream", Work(run, 8 * elements), 8 * elements)
+    nbytes = 8 * elements
+    return Elementwise("quantize", what, "exact f32", "copy" if cached else "stream", Work(run, nbytes), nbytes)
 
 
 def tiny_call(dtype: str) -> Callable[[], Any]:

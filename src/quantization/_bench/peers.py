@@ -116,6 +116,19 @@ def _make_torch_sets(weights: Weights) -> list[tuple[Any, Any]]:
 _torch_sets = functools.lru_cache(maxsize=1)(_make_torch_sets)
 
 
+def _torch_call(products: list[Callable[[], Any]], threads: int) -> Call:
+    torch = require("torch", "bench")
+    rotate = _rotating(products)
+
+    def run(count: int) -> np.ndarray:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            y: np.ndarray = rotate(count).float().numpy()
+        return y
+
+    return run
+
+
 def _torch(weights: Weights, threads: int) -> Callable[[int], Call]:
     torch = require("torch", "bench")
 
@@ -125,15 +138,26 @@ def _torch(weights: Weights, threads: int) -> Callable[[int], Call]:
     def call(m: int) -> Call:
         x = torch.from_numpy(weights.x(m, "float32")).to(torch.bfloat16)
         group = weights.group_size
-        rotate = _rotating([functools.partial(product, x, packed, group, both) for packed, both in sets])
+        return _torch_call([functools.partial(product, x, packed, group, both) for packed, both in sets], threads)
 
-        def run(count: int) -> np.ndarray:
-            torch.set_num_threads(threads)
-            with torch.inference_mode():
-                y: np.ndarray = rotate(count).float().numpy()
-            return y
+    return call
 
-        return run
+
+def _dense_copies(weights: Weights, itemsize: int) -> int:
+    """Return how many dense matrices take as much memory as all the packed ones."""
+    each = itemsize * weights.shape.n * weights.shape.k
+    return min(weights.copies, max(2, -(-weights.nbytes * weights.copies // each)))
+
+
+def _torch_dense(weights: Weights, threads: int) -> Callable[[int], Call]:
+    """Products with the dequantized matrix in bfloat16, in which these weights are exact."""
+    torch = require("torch", "bench")
+
+    dense = [torch.from_numpy(weights.dense(copy)).to(torch.bfloat16) for copy in range(_dense_copies(weights, 2))]
+
+    def call(m: int) -> Call:
+        x = torch.from_numpy(weights.x(m, "float32")).to(torch.bfloat16)
+        return _torch_call([functools.partial(torch.nn.functional.linear, x, w) for w in dense], threads)
 
     return call
 
@@ -142,8 +166,7 @@ def _numpy(weights: Weights, threads: int) -> Callable[[int], Call]:
     """Products with the dequantized float32 matrix: what users write who have no quantized product."""
     threadpoolctl = require("threadpoolctl", "bench")
 
-    enough = max(2, -(-weights.nbytes * weights.copies // (4 * weights.shape.n * weights.shape.k)))
-    dense = [weights.dense(copy).T for copy in range(min(weights.copies, enough))]
+    dense = [weights.dense(copy).T for copy in range(_dense_copies(weights, 4))]
     controller = threadpoolctl.ThreadpoolController()
 
     def call(m: int) -> Call:
@@ -181,7 +204,7 @@ def _onnxruntime(level: int) -> Prepare:
     return prepare
 
 
-def _openvino(group: int) -> Prepare:
+def _openvino(group: int, precision: str = "f32") -> Prepare:
     """`group`: how many elements of x are rounded to 8 bits together, if the CPU has an instruction for it; 0: none."""
 
     def prepare(weights: Weights, threads: int) -> Callable[[int], Call]:
@@ -189,11 +212,13 @@ def _openvino(group: int) -> Prepare:
 
         config = {
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": precision,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
             "PERFORMANCE_HINT": "LATENCY",
         }
         core, requests = openvino.Core(), []
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise RuntimeError("this CPU has no bfloat16 instructions")  # it would compute in float32
         for copy in range(weights.copies):
             model = openvino_model.compressed_matmul(*codes_of(weights, copy), weights.group_size)
             requests.append(core.compile_model(model, "CPU", config).create_infer_request())
@@ -211,14 +236,17 @@ def _openvino(group: int) -> Prepare:
 
 MATMUL = (
     Peer("NumPy sgemm, dequantized", ("threadpoolctl",), "float32", "exact f32", _numpy),
-    Peer("MLX float32", ("mlx",), "float32", "exact f32", _mlx("float32"), serial=True),
-    Peer("MLX bfloat16", ("mlx",), "bfloat16", "bf16", _mlx("bfloat16"), serial=True),
     Peer("torch int4pack", ("torch",), "bfloat16", "bf16", _torch),
+    Peer("torch, dequantized", ("torch",), "bfloat16", "bf16", _torch_dense),
     Peer("onnxruntime level 0", ("onnxruntime", "onnx"), "float32", "exact f32", _onnxruntime(0)),
     Peer("onnxruntime level 4", ("onnxruntime", "onnx"), "float32", "int8 activations", _onnxruntime(4)),
     Peer("OpenVINO", ("openvino",), "float32", "exact f32", _openvino(0)),
+    Peer("OpenVINO bfloat16", ("openvino",), "float32", "bf16", _openvino(0, "bf16")),
     Peer("OpenVINO dynamic 32", ("openvino",), "float32", "int8 activations", _openvino(32)),
+    Peer("MLX float32", ("mlx",), "float32", "exact f32", _mlx("float32"), serial=True),
+    Peer("MLX bfloat16", ("mlx",), "bfloat16", "bf16", _mlx("bfloat16"), serial=True),
 )
+"""The slowest last: where time is bounded, they are what is left out."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +255,8 @@ class Codec:
 
     name: str
     modules: tuple[str, ...]
+    codes: str
+    """The accuracy class of its codes: their format."""
     prepare: Callable[[np.ndarray], tuple[Callable[[], Any], Callable[[], Any], int]]
     """Takes float32 [rows, columns], returns the calls that quantize and dequantize and the bytes of the codes."""
 
@@ -255,4 +285,7 @@ def _mlx_codec(w: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any], int
     )
 
 
-CODECS = (Codec("gguf-py Q4_0", ("gguf",), _gguf), Codec("MLX affine 4 g64", ("mlx",), _mlx_codec))
+CODECS = (
+    Codec("gguf-py", ("gguf",), "Q4_0 codes: no bias", _gguf),
+    Codec("MLX", ("mlx",), "affine g64 codes", _mlx_codec),
+)

@@ -10,6 +10,17 @@ from .._extras import require
 from .rows import Row
 
 
+def lines_of(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """Return a label and the points of each product; the vector's function and the matrix's are one product."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.m > 2 or row.memory != "hot":
+            what = row.what.replace("affine_qmv ", "x @ W.T, ").replace("affine_qmm_t ", "x @ W.T, ")
+            label = f"{row.implementation} {what}, {row.shape}, {row.bits} bits"
+            lines.setdefault(label, []).append((row.m, row.ratio))
+    return lines
+
+
 def draw(path: str | Path, rows: Sequence[Row]) -> None:
     """Write a picture of the matmul rows, one panel for each number of threads; needs matplotlib."""
     require("matplotlib", "plot")
@@ -19,11 +30,7 @@ def draw(path: str | Path, rows: Sequence[Row]) -> None:
     figure = figures.Figure(figsize=(7 * len(threads), 5), layout="constrained")
     panels = figure.subplots(1, len(threads), squeeze=False, sharey=True)[0]
     for axes, count in zip(panels, threads, strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for row in shown:
-            if row.threads == count and (row.m > 2 or row.memory == "cold"):
-                label = f"{row.implementation} {row.what} {row.shape} {row.bits} bits"
-                lines.setdefault(label, []).append((row.m, row.ratio))
+        lines = lines_of([row for row in shown if row.threads == count])
         for label, points in lines.items():
             style = "-" if label.startswith("quantization") else "--"
             axes.plot(*zip(*sorted(points), strict=True), style, marker=".", label=label)

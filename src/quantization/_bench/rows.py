@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import _text
-from .sampling import Measurement
+from .clock import LEAST_SHARE
+from .sampling import Measurement, TooSlowError
 
-SCHEMA = 1
+SCHEMA = 2
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
@@ -22,8 +23,9 @@ class Row:
     """One figure and its ceiling.
 
     ``rate`` is in ``unit``; ``ratio`` is the median of rates by the ceiling measured directly after; ``spread`` is half
-    of what lies between the quartiles of those ratios. ``error`` is relative, against float64. A row that could not be
-    measured has a ``note`` instead of figures.
+    of what lies between the quartiles of those ratios. ``by_exact`` and ``by_alike``, in rows of other libraries: their
+    time by that of our exact float32 product, and of our product of the same accuracy class, sampled in turn with them.
+    ``error`` is relative, against float64. A row that could not be measured has a ``note`` instead of figures.
     """
 
     section: str
@@ -43,19 +45,35 @@ class Row:
     ceiling: float = math.nan
     ratio: float = math.nan
     spread: float = math.nan
+    by_exact: float = math.nan
+    by_alike: float = math.nan
     error: float = math.nan
     samples: int = 0
     retries: int = 0
     share: float = math.nan
     note: str = ""
 
+    @property
+    def disturbed(self) -> str:
+        """Whether a thread had to wait for a CPU, in a word."""
+        return "disturbed" if self.samples and self.share < LEAST_SHARE else ""
+
     def with_measurement(self, measurement: Measurement, error: float = math.nan) -> Row:
-        """Return the row with its figures."""
-        return dataclasses.replace(self, error=error, **dataclasses.asdict(measurement))
+        """Return the row with its figures; of rivals, the first was the exact one and the last the one alike."""
+        figures = dataclasses.asdict(measurement)
+        by = figures.pop("by") or (math.nan,)
+        return dataclasses.replace(self, error=error, by_exact=by[0], by_alike=by[-1], **figures)
 
     def with_note(self, note: str) -> Row:
         """Return the row with the reason why it has no figures."""
         return dataclasses.replace(self, note=note)
+
+    def measured(self, take: Callable[[], Measurement]) -> Row:
+        """Return the row with the figures that are taken now, or the reason why there are none."""
+        try:
+            return self.with_measurement(take())
+        except (TooSlowError, ImportError, MemoryError, RuntimeError, ValueError) as failure:
+            return self.with_note(_text.first_line(failure)[:60])
 
 
 def text_of_time(seconds: float) -> str:
@@ -70,37 +88,41 @@ def _number(value: float, digits: str) -> str:
     return "" if math.isnan(value) else format(value, digits)
 
 
+def times(factor: float) -> str:
+    """Return how many times as long something takes."""
+    return "" if math.isnan(factor) else f"{factor:.3g} x"
+
+
 def _cells(row: Row) -> list[str]:
     rated = row.unit not in ("", "calls")
-    figure = f"{row.rate:.1f} {row.unit}" if rated else ""
-    ratio = f"{row.ratio:.2f} ±{row.spread:.2f}" if rated else ""
-    against = f"{row.ceiling_name} {row.ceiling:.1f}" if rated else ""
-    disturbed = "disturbed" if row.samples and row.share < 0.985 else ""
     return [
         row.implementation,
         row.what,
         row.accuracy,
         row.shape,
+        str(row.bits or ""),
         str(row.m or ""),
         row.memory,
         str(row.threads),
         text_of_time(row.seconds),
-        figure,
-        against,
-        ratio,
+        f"{row.rate:.1f} {row.unit}" if rated else "",
+        f"{row.ceiling_name} {row.ceiling:.1f}" if rated else "",
+        f"{row.ratio:.2f} ±{row.spread:.2f}" if rated else "",
+        times(row.by_exact),
+        times(row.by_alike),
         _number(row.error, ".1e"),
-        row.note or disturbed,
+        row.note or row.disturbed,
     ]
 
 
-HEADER = ("", "what", "accuracy class", "N x K", "M", "weights", "thr", "time", "figure", "ceiling", "x ceiling",
-          "error", "note")  # fmt: skip
+HEADER = ("library", "operation", "accuracy class", "N x K", "bits", "M", "weights", "threads", "time", "rate",
+          "ceiling", "by ceiling", "by ours exact", "by ours alike", "error", "note")  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:
     """Return rows as text; columns that are empty throughout are left out."""
     cells = [_cells(row) for row in rows]
-    kept = [i for i, name in enumerate(HEADER) if name == "" or any(line[i] for line in cells)]
+    kept = [i for i in range(len(HEADER)) if any(line[i] for line in cells)]
     lines = [[line[i] for i in kept] for line in cells]
     return _text.table([HEADER[i] for i in kept], lines, left=sum(i < 4 for i in kept))
 

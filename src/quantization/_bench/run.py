@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from .. import _text, get_num_threads
-from . import ceilings, elementwise, figures, machine, matmuls, plot
+from .._extras import require
+from . import ceilings, elementwise, figures, machine, matmuls, plot, summary
 from . import shapes as known
-from .gates import GATES, Gate
+from .gates import GATES, VERDICTS, Gate
 from .rows import Row, as_json, table, write_json
 from .sampling import FULL, QUICK, Effort, Work, measure
 
 TABLES = ("matmul", "elementwise", "calls")
+SUMMARY_TITLE = "products in short"
+ELEMENTWISE_TITLE = "quantize, dequantize, convert, fake quantize"
+WIDTHS = (2, 3, 4, 5, 6, 8)
 LEGEND = """\
-figure: GB/s of codes, scales and biases at M <= 2, else GFLOP/s (2MNK); peers' too, whatever their own format holds.
+accuracy class: exact f32 = float32 x, sums at least as exact as float32's; exact, bfloat16 x = only x and y have 16
+bits; bf16 = that or coarser sums; int8 activations = x rounded to 8 bits. A library that could round x on this CPU
+but by its error does not is among exact f32.
+rate: GB/s of codes, scales and biases at M <= 2, else GFLOP/s (2MNK); others' too, whatever their own format holds.
 ceiling: measured directly after each sample with the same threads: read = reading the same bytes, fma = float32 FMA
-peak, stream = non-temporal copy, copy = memcpy (both read + written). x ceiling: median ± half the quartiles' distance.
-error: |y - y64| / |y64|. cold: copies of the weights that no cache holds, in turn; hot: one copy."""
+peak, stream = non-temporal copy, copy = memcpy (both read + written). by ceiling: median ± half the quartiles' range.
+by ours exact, by ours alike: the time by that of our float32 product, and of ours in the same accuracy class (bf16:
+bfloat16 x), sampled in turn: above 1, ours is faster. error: |y - y64| / |y64|, y64 from the same stored weights.
+cold: copies of the weights that no cache holds, in turn; hot: one copy; disturbed: threads had to wait for a CPU."""
+MINUTES = 3.5
+"""How long the tables may take, but for `--full` or as `--minutes` says."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure.
 
-    ``peers`` are words that peers' names contain, None for all of them; ``only`` is part of a gate's name.
+    ``matrices`` are shapes with their widths; ``peers`` words that peers' names contain, None for all of them; ``only``
+    part of a gate's name; ``deadline`` a time of `time.monotonic` after which nothing is begun.
     """
 
-    shapes: tuple[known.Shape, ...] = known.MODELS["square"]
-    bits: tuple[int, ...] = (4,)
+    matrices: tuple[tuple[known.Shape, int], ...] = ((known.MODELS["square"][0], 4),)
     rows: tuple[int, ...] = known.QUICK_ROWS
     threads: tuple[int, ...] = (1,)
     isa: str = dataclasses.field(default_factory=machine.default_isa)
@@ -39,11 +54,12 @@ class Options:
     peers: list[str] | None = None
     full: bool = False
     only: str = ""
+    deadline: float = math.inf
 
     @property
     def effort(self) -> Effort:
         """How long to sample."""
-        return FULL if self.full else QUICK
+        return dataclasses.replace(FULL if self.full else QUICK, deadline=self.deadline)
 
 
 def ceiling_rows(options: Options) -> Iterator[Row]:
@@ -59,10 +75,10 @@ def ceiling_rows(options: Options) -> Iterator[Row]:
         ]
         for ceiling in found:
             own = Work(ceiling.run, ceiling.run(1))
-            result = measure(own, ceiling, options.effort)
             dot = f" ({machine.dot_name(options.isa)})" if ceiling.name == "dot" else ""
-            row = Row("ceilings", ceiling.name + dot, "", "", options.isa, threads)
-            yield row.with_measurement(dataclasses.replace(result, ceiling_name="itself"))
+            row = Row("ceilings", "quantization", ceiling.name + dot, "no result", options.isa, threads)
+            row = row.measured(lambda: measure(own, ceiling, options.effort))  # noqa: B023
+            yield dataclasses.replace(row, ceiling_name="itself")
 
 
 def _print_table(out: TextIO, title: str, rows: Sequence[Row]) -> None:
@@ -82,13 +98,22 @@ def _print_machine(out: TextIO, found: dict[str, Any], options: Options) -> None
 
 def _gate_cells(line: dict[str, Any]) -> list[str]:
     def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.3g}"
+        return "" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
     sign = "<= " if line["lower"] else ">= "
     limits = [sign + number(line[key]) if line[key] is not None else "" for key in ("must", "stretch")]
     spread = f" ±{line['spread']:.2g}" if line["spread"] else ""
     figure = number(line["figure"]) + spread
-    return [line["gate"], line["isa"], str(line["threads"]), figure, *limits, line["verdict"], line["measured"]]
+    return [
+        line["gate"],
+        line["accuracy"],
+        line["isa"],
+        str(line["threads"]),
+        figure,
+        *limits,
+        line["verdict"],
+        line["measured"],
+    ]
 
 
 def chosen_gates(only: str) -> tuple[Gate, ...]:
@@ -98,52 +123,97 @@ def chosen_gates(only: str) -> tuple[Gate, ...]:
 
 def print_gates(out: TextIO, lines: Sequence[dict[str, Any]]) -> None:
     """Print one line for each gate, and how many were met."""
-    header = ["gate", "ISA", "threads", "figure", "must", "stretch", "verdict", "measured"]
-    out.write(f"\n{_text.table(header, [_gate_cells(line) for line in lines], left=2)}\n")
-    met, missed = (sum(line["verdict"].startswith(word) for line in lines) for word in ("ok", "MISSED"))
-    out.write(f"\n{met} ok, {missed} missed, {len(lines) - met - missed} without a verdict\n")
+    header = ["gate", "accuracy class", "ISA", "threads", "figure", "must", "stretch", "verdict", "measured"]
+    out.write(f"\n{_text.table(header, [_gate_cells(line) for line in lines], left=3)}\n")
+    counts = {word: sum(line["verdict"].startswith(word) for line in lines) for word in VERDICTS}
+    out.write("\n" + ", ".join(f"{count} {word}" for word, count in counts.items()) + "\n")
     out.flush()
 
 
+def _watched(title: str, rows: Iterator[Row]) -> list[Row]:
+    """Take all rows and meanwhile say on a terminal how far that is."""
+    found = []
+    show = sys.stderr.isatty()
+    for row in rows:
+        found.append(row)
+        if show:
+            line = f"{title}: {len(found)} rows, last {row.implementation} {row.what} {row.shape}"
+            print(f"\r{line[:78]:78}", end="", file=sys.stderr, flush=True)
+    if show:
+        print(f"\r{'':78}\r", end="", file=sys.stderr, flush=True)
+    return found
+
+
 def tables(out: TextIO, options: Options) -> list[Row]:
-    """Print the tables as they are measured and return their rows."""
-    rows = list(ceiling_rows(options))
+    """Print the tables as they are measured and return their rows: the quick ones first, since time may be bounded."""
+    rows = _watched("ceilings", ceiling_rows(options))
     _print_table(out, "ceilings", rows)
-    if "matmul" in options.tables:
-        found = list(matmuls.rows(options, options.effort))
-        _print_table(out, "matmul", found)
+    if "calls" in options.tables:
+        found = _watched("small calls", elementwise.tiny_rows(options, options.effort))
+        _print_table(out, "small calls", found)
         rows += found
     if "elementwise" in options.tables:
-        found = list(elementwise.rows(options, options.effort))
-        _print_table(out, "quantize, dequantize, convert, fake quantize", found)
+        found = _watched("elementwise", elementwise.rows(options, options.effort.part(0.25)))
+        _print_table(out, ELEMENTWISE_TITLE, found)
         rows += found
-    if "calls" in options.tables:
-        found = list(elementwise.tiny_rows(options, options.effort))
-        _print_table(out, "small calls", found)
+    if "matmul" in options.tables:
+        found = _watched("products", matmuls.rows(options, options.effort))
+        _print_table(out, "products", found)
+        if short := summary.table(found):
+            out.write(f"\n{SUMMARY_TITLE}\n\n{short}\n")
         rows += found
     out.write(f"\n{LEGEND}\n")
     return rows
 
 
+def _matrices(arguments: argparse.Namespace) -> tuple[tuple[known.Shape, int], ...]:
+    """Return the shapes asked for in the widths asked for; for `--full` every shape, and the first in every width."""
+    widths = arguments.bits or (WIDTHS if arguments.full else (4,))
+    if arguments.full and not arguments.shapes and not arguments.bits:
+        first, *others = known.parse(",".join(known.MODELS))
+        return (*((first, bits) for bits in widths), *((shape, 4) for shape in others))
+    return tuple((shape, bits) for shape in known.parse(arguments.shapes or "square") for bits in widths)
+
+
 def options_of(arguments: argparse.Namespace) -> Options:
-    """Return the options that a command line stands for."""
-    most = get_num_threads()
+    """Return the options that a command line stands for.
+
+    Raises
+    ------
+    ValueError
+        If something is asked for that the tables have and the gates have not, or the other way round.
+    """
+    of_tables, of_gates = ("shapes", "bits", "rows", "threads", "isa", "table", "peers", "plot"), ("only", "strict")
+    for name in of_tables if arguments.gates else of_gates:
+        if getattr(arguments, name) not in (None, "", False):
+            raise ValueError(f"bench: --{name} is for the {'tables' if arguments.gates else 'gates: add --gates'}")
     names = None if arguments.peers is None else [word for word in arguments.peers.split(",") if word]
+    minutes = arguments.minutes or (math.inf if arguments.full or arguments.gates else MINUTES)
     return Options(
-        shapes=known.parse(arguments.shapes),
-        bits=tuple(arguments.bits or ((2, 3, 4, 5, 6, 8) if arguments.full else (4,))),
+        matrices=_matrices(arguments),
         rows=tuple(arguments.rows or (known.ROWS if arguments.full else known.QUICK_ROWS)),
-        threads=tuple(arguments.threads or dict.fromkeys((1, most))),
+        threads=tuple(arguments.threads or dict.fromkeys((1, get_num_threads()))),
         isa=arguments.isa or machine.default_isa(),
         tables=tuple(arguments.table or TABLES),
         peers=names,
         full=arguments.full,
         only=arguments.only,
+        deadline=time.monotonic() + 60 * minutes,
     )
+
+
+def _check_outputs(json: str | None, picture: str | None) -> None:
+    """Fail now rather than after minutes if a file cannot be written, or drawn."""
+    if picture:
+        require("matplotlib", "plot")
+    for path in (json, picture):
+        if path:
+            Path(path).open("ab").close()
 
 
 def run(out: TextIO, options: Options, *, gates: bool, json: str | None, picture: str | None) -> bool:
     """Measure, print, and write what is asked for; return whether every gate that has a figure is met."""
+    _check_outputs(json, picture)
     found = machine.describe()
     _print_machine(out, found, options)
     lines: list[dict[str, Any]] = []
@@ -157,7 +227,7 @@ def run(out: TextIO, options: Options, *, gates: bool, json: str | None, picture
         write_json(json, as_json(found, rows, lines))
     if picture:
         plot.draw(picture, rows)
-    return not any(line["verdict"].startswith("MISSED") for line in lines)
+    return not any(line["verdict"].startswith("missed") for line in lines)
 
 
 def _positive(text: str) -> list[int]:
@@ -169,16 +239,20 @@ def _positive(text: str) -> list[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``python -m quantization bench``."""
-    parser.add_argument("--full", action="store_true", help="every width and type, and longer samples")
-    parser.add_argument("--shapes", default="square", metavar="NAME,…", help=f"NxK, or {', '.join(known.MODELS)}")
-    parser.add_argument("--bits", type=_positive, metavar="N,…", help="widths (default: 4)")
-    parser.add_argument("--rows", type=_positive, metavar="M,…", help="rows of x (default: 1, 4, 16, 128)")
-    parser.add_argument("--threads", type=_positive, metavar="N,…", help="numbers of threads (default: 1 and all)")
-    parser.add_argument("--isa", choices=machine.isas(), help="instruction set of the tables (default: the best)")
-    parser.add_argument("--table", action="append", choices=TABLES, help="only this table; may be given several times")
-    parser.add_argument("--peers", metavar="NAME,…", help="only peers with such names; '' for none")
-    parser.add_argument("--gates", action="store_true", help="one line for each gate instead of the tables")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only gates whose name or ISA contains it")
-    parser.add_argument("--strict", action="store_true", help="exit status 1 if a gate is missed")
+    parser.add_argument("--full", action="store_true", help="all shapes, widths, types and M, longer samples: hours")
+    limit = f"begin nothing after so long (default: {MINUTES}; none for --full and --gates)"
+    parser.add_argument("--minutes", type=float, metavar="N", help=limit)
     parser.add_argument("--json", metavar="FILE", help="also write every row, the machine and the versions")
-    parser.add_argument("--plot", metavar="FILE", help="also draw the products (.png, .svg, .pdf)")
+    tables = parser.add_argument_group("tables")
+    tables.add_argument("--shapes", metavar="NAME,…", help=f"NxK, or {', '.join(known.MODELS)}")
+    tables.add_argument("--bits", type=_positive, metavar="N,…", help="widths (default: 4)")
+    tables.add_argument("--rows", type=_positive, metavar="M,…", help="rows of x (default: 1, 4, 16, 128)")
+    tables.add_argument("--threads", type=_positive, metavar="N,…", help="numbers of threads (default: 1 and all)")
+    tables.add_argument("--isa", choices=machine.isas(), help="instruction set (default: the best)")
+    tables.add_argument("--table", action="append", choices=TABLES, help="only this table; may be given several times")
+    tables.add_argument("--peers", metavar="NAME,…", help="only libraries with such names; '' for none")
+    tables.add_argument("--plot", metavar="FILE", help="also draw the products (.png, .svg, .pdf)")
+    gates = parser.add_argument_group("gates")
+    gates.add_argument("--gates", action="store_true", help="one line for each gate instead of the tables")
+    gates.add_argument("--only", default="", metavar="TEXT", help="only gates whose name or ISA contains it")
+    gates.add_argument("--strict", action="store_true", help="exit status 1 if a gate is missed")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import clock
@@ -12,15 +16,29 @@ from .ceilings import Ceiling
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time a figure may take: pairs of samples, seconds each, and the longest call that is sampled at all."""
+    """How much time a figure may take: rounds of samples, seconds each, and the longest call that is sampled at all.
+
+    Nothing is begun after ``deadline``, a time of `time.monotonic`.
+    """
 
     samples: int
     seconds: float
     longest_call: float
+    deadline: float = math.inf
+
+    def check(self) -> None:
+        """Raise TooSlowError if the time is up."""
+        if time.monotonic() > self.deadline:
+            raise TooSlowError("left out: time is up")
+
+    def part(self, share: float) -> Effort:
+        """Return the same with a deadline after a share of the time that is left."""
+        now = time.monotonic()
+        return dataclasses.replace(self, deadline=now + share * max(0.0, self.deadline - now))
 
 
 FEWEST, LONG = 3, 10
-"""Pairs that take so many times what was asked for, because one call does, are taken only so often."""
+"""Rounds that take so many times what was asked for, because one call does, are taken only so often."""
 
 QUICK = Effort(samples=5, seconds=0.02, longest_call=1.0)
 FULL = Effort(samples=9, seconds=0.06, longest_call=30.0)
@@ -36,9 +54,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over pairs of samples; ratios are the kernel's rate to the ceiling's of the same pair.
+    """Medians over rounds of samples; ratios are the kernel's rate to the ceiling's of the same round.
 
-    Rates are in ``unit``: GB/s, GFLOP/s and so on. ``share`` is the least that a thread had of its time.
+    Rates are in ``unit``: GB/s, GFLOP/s and so on. ``share`` is the least that a thread had of its time. ``by`` is how
+    many times the time of each rival a call took.
     """
 
     seconds: float
@@ -51,10 +70,11 @@ class Measurement:
     share: float
     unit: str = ""
     ceiling_name: str = ""
+    by: tuple[float, ...] = ()
 
 
 class TooSlowError(Exception):
-    """A call takes longer than the effort allows."""
+    """A call takes longer than the effort allows, or the time is up."""
 
 
 def _calls_for(run: Callable[[int], object], seconds: float, longest: float) -> int:
@@ -86,52 +106,72 @@ def against(name: str, run: Callable[[int], object]) -> Ceiling:
     return Ceiling(name, count, "calls")
 
 
-def _summary(pairs: list[tuple[float, float, float]], retries: int, share: float, ceiling: Ceiling) -> Measurement:
-    seconds, rates, ceilings = zip(*pairs, strict=True)
-    ratios = [rate / ceiling for rate, ceiling in zip(rates, ceilings, strict=True)]
+@dataclass(frozen=True)
+class _Round:
+    """Seconds a call and the rate of the work, the ceiling's rate, and seconds a call of each rival."""
+
+    seconds: float
+    rate: float
+    ceiling: float
+    rivals: tuple[float, ...]
+
+
+def _summary(rounds: list[_Round], retries: int, share: float, ceiling: Ceiling) -> Measurement:
+    ratios = [one.rate / one.ceiling for one in rounds]
+    by = zip(*([one.seconds / rival for rival in one.rivals] for one in rounds), strict=True)
     return Measurement(
-        statistics.median(seconds),
-        statistics.median(rates),
-        statistics.median(ceilings),
+        statistics.median(one.seconds for one in rounds),
+        statistics.median(one.rate for one in rounds),
+        statistics.median(one.ceiling for one in rounds),
         statistics.median(ratios),
         _spread(ratios),
-        len(pairs),
+        len(rounds),
         retries,
         share,
         ceiling.unit,
         ceiling.name,
+        tuple(statistics.median(ratios_of_one) for ratios_of_one in by),
     )
 
 
-def measure(work: Work, ceiling: Ceiling, effort: Effort, settle: bool = False) -> Measurement:
-    """Take pairs of samples of work and ceiling.
+def measure(
+    work: Work,
+    ceiling: Ceiling,
+    effort: Effort,
+    rivals: Sequence[Callable[[int], object]] = (),
+    settle: bool = False,
+) -> Measurement:
+    """Take rounds of samples: the work, its ceiling, and other ways to do the same.
 
-    A pair in which a thread did not get `clock.LEAST_SHARE` of its time is thrown away, at most as often as there are
-    samples; after that it counts, and `share` tells. `settle`: another library's threads may spin after a sample.
+    A round in which a thread did not get `clock.LEAST_SHARE` of its time is thrown away, at most as often as there are
+    rounds; after that it counts, and `share` tells. `settle`: another library's threads may spin after a sample.
     """
-    calls = _calls_for(work.run, effort.seconds, effort.longest_call)
-    portions = _calls_for(ceiling.run, effort.seconds, effort.longest_call)
-    pairs: list[tuple[float, float, float]] = []
-    retries, least, wanted = 0, 1.0, effort.samples
+    effort.check()
     done = [0.0]
 
-    def run_ceiling() -> None:
-        done[0] = ceiling.run(portions)
+    def run_ceiling(count: int) -> None:
+        done[0] = ceiling.run(count)
 
-    with clock.pinned(lambda: work.run(calls), run_ceiling):
-        while len(pairs) < wanted:
-            if settle:
-                clock.wait_for_spinners()
-            ours = clock.timed(lambda: work.run(calls))
-            if settle:
-                clock.wait_for_spinners()
-            theirs = clock.timed(run_ceiling)
-            share = min(ours.share, theirs.share)
+    runs = [work.run, run_ceiling, *rivals]
+    calls = [_calls_for(run, effort.seconds, effort.longest_call) for run in runs]
+    bound = [functools.partial(run, count) for run, count in zip(runs, calls, strict=True)]
+    rounds: list[_Round] = []
+    retries, least, wanted = 0, 1.0, effort.samples
+    with clock.pinned(*bound):
+        while len(rounds) < wanted:
+            samples = []
+            for call in bound:
+                if settle:
+                    clock.wait_for_spinners()
+                samples.append(clock.timed(call))
+            share = min(sample.share for sample in samples)
             if share < clock.LEAST_SHARE and retries < wanted:
                 retries += 1
                 continue
             least = min(least, share)
-            rate = work.amount * calls / ours.seconds
-            wanted = min(wanted, FEWEST) if ours.seconds + theirs.seconds > LONG * effort.seconds else wanted
-            pairs.append((ours.seconds / calls, rate / 1e9, done[0] / theirs.seconds / 1e9))
-    return _summary(pairs, retries, least, ceiling)
+            took = [sample.seconds for sample in samples]
+            wanted = min(wanted, FEWEST) if sum(took) > LONG * effort.seconds else wanted
+            each = [seconds / count for seconds, count in zip(took, calls, strict=True)]
+            rates = work.amount / each[0] / 1e9, done[0] / took[1] / 1e9
+            rounds.append(_Round(each[0], *rates, tuple(each[2:])))
+    return _summary(rounds, retries, least, ceiling)

@@ -6,6 +6,7 @@ the call adds is what it took at most: scratch, planes of x, and the stacks of t
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import subprocess
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-import quantization as q
-
-from .ours import settings
+from .gates import Product
+from .ours import KERNELS, Variant, settings
+from .shapes import Shape
 
 _BALLAST = 64 << 20
 
@@ -42,24 +43,35 @@ def growth(call: Callable[[], object]) -> int:
     return _peak() - before
 
 
-def _measure(isa: str, threads: int, n: int, k: int, m: int) -> int:
-    codes = np.full((n, k // 8), 0x76543210, np.uint32)
-    scales, biases = np.full((n, k // 64), 0.01, np.float32), np.full((n, k // 64), -0.08, np.float32)
-    x, out = np.ones((m, k), np.float32), np.ones((m, n), np.float32)
+def _measure(isa: str, threads: int, product: Product) -> int:
+    n, k = product.shape
+    stored = (n, k) if product.operation in ("affine_qmv", "affine_qmm_t") else (k, n)
+    scale = np.dtype(np.uint16 if product.variant.dtype == "bfloat16" else np.float32)
+    codes = np.full((stored[0], stored[1] // 32 * product.bits), 0x76543210, np.uint32)
+    scales, biases = (np.full((stored[0], stored[1] // 64), 1, scale) for _ in range(2))
+    x, out = np.ones((product.m, k), scale), np.ones((product.m, n), scale)
+    options = {"accumulate": product.variant.accumulate, "activations": product.variant.activations}
+    options |= {"input_dtype": "bfloat16"} if product.variant.dtype == "bfloat16" else {}
     with settings(isa, threads):
-        kernel = q.AffineQmmT(64, 4)
-        kernel(x[:1, :64], codes[:1, :8], scales[:1, :1], biases[:1, :1])  # the kernel's code becomes resident
-        return growth(lambda: kernel(x, codes, scales, biases, out=out))
+        multiply = functools.partial(KERNELS[product.operation](64, product.bits), **options)
+        small = [array[:64, : 64 * array.shape[1] // stored[1]] for array in (codes, scales, biases)]
+        multiply(x[:1, :64], *small)  # the kernel's code becomes resident
+        return growth(lambda: multiply(x, codes, scales, biases, out=out))
 
 
-def take(isa: str, threads: int, n: int, k: int, m: int) -> int:
+def take(isa: str, threads: int, product: Product) -> int:
     """Return the bytes that a product takes in a fresh process."""
-    command = [sys.executable, "-m", __name__, isa, *map(str, (threads, n, k, m))]
+    command = [sys.executable, "-m", __name__, isa, str(threads), json.dumps(product)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"bench: measuring scratch failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"measuring scratch failed: {done.stderr.strip().splitlines()[-1:]}")
     return int(json.loads(done.stdout))
 
 
+def _product_of(text: str) -> Product:
+    m, bits, variant, shape, op = json.loads(text)
+    return Product(m, bits, Variant(*variant), Shape(*shape), op)
+
+
 if __name__ == "__main__":
-    print(json.dumps(_measure(sys.argv[1], *map(int, sys.argv[2:]))))
+    print(json.dumps(_measure(sys.argv[1], int(sys.argv[2]), _product_of(sys.argv[3]))))

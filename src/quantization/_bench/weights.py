@@ -50,11 +50,15 @@ class Weights:
         Whether to make copies that hold `CACHE_MULTIPLE` times the last level of cache (at most a quarter of the free
         memory); else one.
     scale_dtype : str, default "float16"
+    most : int, optional
+        At most so many copies, whether or not a cache holds them.
 
     Attributes
     ----------
     nbytes : int
         Of one copy: codes, scales and biases.
+    memory : str
+        "cold" if no cache holds all the copies, "hot" if there is one, else their number.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Weights:
         transpose: bool = True,
         cold: bool = True,
         scale_dtype: str = "float16",
+        most: int | None = None,
     ) -> None:
         self.shape, self.bits, self.group_size, self.transpose = shape, bits, group_size, transpose
         self.scale_dtype = scale_dtype
@@ -74,7 +79,9 @@ class Weights:
         self.nbytes = sum(part.nbytes for part in parts)
         self._slot = -(-sum(sizes) // ALIGNMENT) * ALIGNMENT
         limit = min(CACHE_MULTIPLE * machine.last_level_cache(), machine.memory() // 4)
-        self.copies = max(2, -(-limit // self._slot)) if cold else 1
+        enough = max(2, -(-limit // self._slot)) if cold else 1
+        self.copies = min(enough, most or enough)
+        self.memory = "hot" if self.copies == 1 else "cold" if self.copies == enough else f"{self.copies} copies"
         self._arena = aligned(self._slot * self.copies)
         self._next = 0
         self.parts = [self._place(copy, parts, sizes) for copy in range(self.copies)]
