@@ -11,7 +11,7 @@
 extern const qz_kernels qz_kernels_avx2, qz_kernels_generic;
 static const qz_kernels *kernels;
 
-enum { SLOT_OF_64 = 1, GROUP = 64, MOST = 4096, ROWS = QZ_TILE_ROWS, MOST_M = 128 };
+enum { SLOT_OF_64 = 1, GROUP = 64, MOST = 4096, MOST_M = 128 };
 static const struct {
     int format, bits;
 } formats[] = {{QZ_FORMAT_affine_2, 2}, {QZ_FORMAT_affine_3, 3}, {QZ_FORMAT_affine_4, 4},
@@ -60,26 +60,29 @@ static void dump(const char *name, ptrdiff_t units) {
 
 static void count_matmul_t(int which, int digits, ptrdiff_t m) {
     const qz_format_kernels *format = kernels->format(formats[which].format, SLOT_OF_64);
+    const qz_matmul_kernel *kernel = m == 1 ? &format->decode_t[digits - 1] : &format->prefill_t[digits - 1];
+    const ptrdiff_t rows = m == 1 ? QZ_TILE_ROWS : QZ_PREFILL_ROWS;
     char name[64];
     snprintf(name, sizeof name, "matmul_t_%d_digits_%d_m_%td", formats[which].bits, digits, m);
     for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
-        const ptrdiff_t stride = (ptrdiff_t)format->prepared_size[digits - 1](k), groups = k / GROUP;
-        for (ptrdiff_t i = 0; i < m; i++) format->prepare_x[digits - 1](prepared + i * stride, values + i * k, k);
+        const ptrdiff_t stride = (ptrdiff_t)kernel->prepared_size(k), groups = k / GROUP;
+        for (ptrdiff_t i = 0; i < m; i++) kernel->prepare_x(prepared + i * stride, values + i * k, k);
         const qz_matmul_job job = {
             .w = codes,
             .w_row_stride = k * formats[which].bits / 8,
             .scales = scales_of(groups * 4, 4),
             .group_size = GROUP,
-            .rows = ROWS,
+            .rows = rows,
             .columns = k,
             .x = prepared,
             .x_stride = stride,
             .m = m,
             .y = results,
+            .y_stride = rows,
         };
         CALLGRIND_ZERO_STATS;
-        format->matmul_t[digits - 1](&job);
-        dump(name, ROWS * groups * m);
+        kernel->multiply(&job);
+        dump(name, rows * groups * m);
     }
 }
 
@@ -99,6 +102,7 @@ static void count_matmul_n(ptrdiff_t m) {
             .x_stride = k * 4,
             .m = m,
             .y = results,
+            .y_stride = QZ_MAX_GROUP,
         };
         CALLGRIND_ZERO_STATS;
         format->matmul_n[2](&job);
@@ -110,7 +114,7 @@ static void count_prepare_x(void) {
     const qz_format_kernels *format = kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64);
     for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
         CALLGRIND_ZERO_STATS;
-        format->prepare_x[2](prepared, values, k);
+        format->decode_t[2].prepare_x(prepared, values, k);
         dump("prepare_x_4_digits_3", k / GROUP);
     }
 }

@@ -19,10 +19,11 @@ MARGIN = 0.03
 # Each kernel of avx512 by its function, and a word of the instructions that its hot loop has more of than other loops.
 LOOPS = {
     **{
-        f"matmul_t_{bits}_digits_{digits}": (f"matmul_t_affine_{bits}_1_{digits}", "vpdpbusd")
+        f"matmul_t_{bits}_digits_{digits}": (f"decode_multiply_affine_{bits}_1_{digits}", "vpdpbusd")
         for bits in (2, 3, 4, 5, 6, 8)
         for digits in (1, 2, 3)
     },
+    "prefill_t_4_digits_3": ("prefill_multiply_affine_4_1_3", "vpdpbusd"),
     "matmul_n_4_digits_3": ("matmul_n_affine_4_3", "vpdpbusd"),
     "quantize_4": ("quantize_metal_affine_4", "zmm"),
     "dequantize_4": ("dequantize_affine_4", "zmm"),
