@@ -11,6 +11,10 @@
 /* QZ_TILE_ROWS outputs are summed side by side, since each is a chain of dependent additions. */
 enum { QZ_TILE_ROWS = 16, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
 
+/* The float class: outputs of a tile at most, _t and _n, and so many floats from row to row of y. Up to
+ * QZ_FLOAT_FEW rows of x, _t multiplies codes as they are; with more it decodes weights first. */
+enum { QZ_FLOAT_OUTPUTS = 32, QZ_FLOAT_OUTPUTS_N = 128, QZ_FLOAT_FEW = 7 };
+
 /* Bytes after a run of packed codes that a kernel may overwrite, so that it need not count them. */
 enum { QZ_SPILL = 128 };
 
@@ -55,6 +59,16 @@ typedef struct qz_dequantize_job {
     int stream;                /* stores bypass the caches; w is aligned to 16 bytes */
 } qz_dequantize_job;
 
+/* accumulate="float" (kernels/matmul_float.h). Jobs are those of the exact class, with y's pitches as said above; x is
+ * float32 but for decode_t, which reads rows as prepare leaves them, of prepared_size bytes each. */
+typedef struct qz_float_kernels {
+    size_t (*prepared_size)(ptrdiff_t k, ptrdiff_t group_size);
+    void (*prepare)(float *to, const float *x, ptrdiff_t k, ptrdiff_t group_size);
+    void (*decode_t)(const qz_matmul_job *);
+    void (*prefill_t)(const qz_matmul_job *);
+    void (*matmul_n)(const qz_matmul_job *);
+} qz_float_kernels;
+
 typedef struct qz_format_kernels {
     void (*quantize[QZ_PROFILES])(const qz_quantize_job *);
     void (*dequantize)(const qz_dequantize_job *);
@@ -64,6 +78,7 @@ typedef struct qz_format_kernels {
     int (*prepare_x[QZ_MAX_DIGITS])(char *prepared, const float *x, ptrdiff_t k);
     void (*matmul_t[QZ_MAX_DIGITS])(const qz_matmul_job *);
     void (*matmul_n[QZ_MAX_DIGITS])(const qz_matmul_job *);
+    qz_float_kernels plain;
 } qz_format_kernels;
 
 /* What the ceilings are measured by (kernels/probe.h). Sizes are multiples of QZ_PROBE_BLOCK; an operation is a

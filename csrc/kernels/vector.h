@@ -8,6 +8,7 @@
 #include "planes.h"
 
 #include "matmul.h"
+#include "matmul_float.h"
 #include "probe.h"
 #include "quantize.h"
 
