@@ -11,9 +11,15 @@
 /* QZ_TILE_ROWS outputs are summed side by side, since each is a chain of dependent additions. */
 enum { QZ_TILE_ROWS = 16, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
 
-/* The float class: outputs of a tile at most, _t and _n, and so many floats from row to row of y. Up to
- * QZ_FLOAT_FEW rows of x, _t multiplies codes as they are; with more it decodes weights first. */
-enum { QZ_FLOAT_OUTPUTS = 32, QZ_FLOAT_OUTPUTS_N = 128, QZ_FLOAT_FEW = 7 };
+/* The float class: outputs of a tile at most, _t and _n, which is also the pitch of y; k of a job at most where weights
+ * are decoded first, multiples of every group size. Up to QZ_FLOAT_FEW rows of x, _t multiplies codes as they are. */
+enum {
+    QZ_FLOAT_OUTPUTS = 32,
+    QZ_FLOAT_OUTPUTS_N = 128,
+    QZ_FLOAT_PANEL_T = 256,
+    QZ_FLOAT_PANEL_N = 128,
+    QZ_FLOAT_FEW = 7
+};
 
 /* Bytes after a run of packed codes that a kernel may overwrite, so that it need not count them. */
 enum { QZ_SPILL = 128 };
@@ -59,8 +65,9 @@ typedef struct qz_dequantize_job {
     int stream;                /* stores bypass the caches; w is aligned to 16 bytes */
 } qz_dequantize_job;
 
-/* accumulate="float" (kernels/matmul_float.h). Jobs are those of the exact class, with y's pitches as said above; x is
- * float32 but for decode_t, which reads rows as prepare leaves them, of prepared_size bytes each. */
+/* accumulate="float" (kernels/matmul_float.h). Jobs are those of the exact class, with y's pitches as said above.
+ * decode_t reads rows as prepare leaves them, of prepared_size bytes each, and sets y; the others take so much of k as
+ * said above, x being float32, and add to y. */
 typedef struct qz_float_kernels {
     size_t (*prepared_size)(ptrdiff_t k, ptrdiff_t group_size);
     void (*prepare)(float *to, const float *x, ptrdiff_t k, ptrdiff_t group_size);

@@ -12,13 +12,15 @@
 
 /* Rows of x that are taken together, and the bytes they may take where a row is long. Tiles of y stand on the stack. */
 enum { MAX_ROWS_T = 128, MAX_ROWS_N = 64, MIN_ROWS = 8 };
-static const size_t prepared_bytes = (size_t)4 << 20;
+static const ptrdiff_t prepared_bytes = 4 << 20;
 
 /* Multiplications in a piece of work that make it worth handing out (some 20 microseconds), and those after which
  * signals should be looked for (some 20 milliseconds of the slowest kernels). */
 static const double worthwhile = 400000, longest = 1 << 26;
 
-/* One weight matrix times some rows of x, which are counted through x's batch dimensions. */
+/* One weight matrix times some rows of x, which are counted through x's batch dimensions. x is prepared: for decode_t
+ * row by row, else in panels of k, each of them row by row and without gaps, as what the caches hold of it is one panel
+ * of all rows. */
 typedef struct portion {
     const qz_kernels *kernels;
     const qz_float_kernels *plain;
@@ -27,52 +29,88 @@ typedef struct portion {
     ptrdiff_t n, k, group_size;
     ptrdiff_t first, m; /* rows of x and y */
     int few;            /* x is prepared for decode_t */
-    char *x;            /* NULL: read in place. Else rows that kernels take, x_stride bytes each; */
-    ptrdiff_t x_stride, staged; /* where they are prepared, the float32 row stands at `staged` in each */
+    char *x;
+    ptrdiff_t x_stride, staged; /* bytes from row to row; where few, the float32 row stands at `staged` in each */
+    ptrdiff_t panel;            /* of k */
     ptrdiff_t tile, tiles, parts;
 } portion;
-
-static char *row_of_x(const portion *p, ptrdiff_t m) {
-    const qz_array *x = &p->args->x;
-    return qz_element(x, x->ndim - 1, p->first + m);
-}
 
 static void prepare_rows(void *context, ptrdiff_t begin, ptrdiff_t end) {
     const portion *p = context;
     const qz_array *x = &p->args->x;
+    const ptrdiff_t stride = qz_last_stride(x);
     for (ptrdiff_t m = begin; m < end; m++) {
+        const char *from = qz_element(x, x->ndim - 1, p->first + m);
         char *to = p->x + m * p->x_stride;
-        float *row = (float *)(to + p->staged);
-        p->kernels->load(row, row_of_x(p, m), qz_last_stride(x), x->type, p->k);
-        if (p->few) p->plain->prepare((float *)to, row, p->k, p->group_size);
+        if (p->few) {
+            float *row = (float *)(to + p->staged);
+            p->kernels->load(row, from, stride, x->type, p->k);
+            p->plain->prepare((float *)to, row, p->k, p->group_size);
+            continue;
+        }
+        for (ptrdiff_t k = 0; k < p->k; k += p->panel, to += p->m * p->x_stride) {
+            const ptrdiff_t count = p->k - k < p->panel ? p->k - k : p->panel;
+            p->kernels->load((float *)to, from + k * stride, stride, x->type, count);
+        }
     }
 }
 
-/* The job of outputs [column, column + tile), but for x and y. */
-static qz_matmul_job job_of_tile(const portion *p, ptrdiff_t column) {
-    qz_matmul_job job = p->base;
-    const ptrdiff_t count = p->n - column < p->tile ? p->n - column : p->tile;
-    job.rows = p->args->transpose ? count : p->k;
-    job.columns = p->args->transpose ? p->k : count;
+static void move_in_k(qz_matmul_job *job, const portion *p, ptrdiff_t k) {
+    const ptrdiff_t group = k / p->group_size;
     if (p->args->transpose) {
-        job.w += column * job.w_row_stride;
-        job.scales.scales += column * job.scales.scale_row_stride;
-        job.scales.biases += column * job.scales.bias_row_stride;
+        job->w += k * qz_formats[p->args->format].bits / 8;
+        job->scales.scales += group * job->scales.scale_group_stride;
+        job->scales.biases += group * job->scales.bias_group_stride;
     } else {
-        job.w += column * qz_formats[p->args->format].bits / 8;
-        job.scales.scales += column / p->group_size * job.scales.scale_group_stride;
-        job.scales.biases += column / p->group_size * job.scales.bias_group_stride;
+        job->w += k * job->w_row_stride;
+        job->scales.scales += k * job->scales.scale_row_stride;
+        job->scales.biases += k * job->scales.bias_row_stride;
     }
-    return job;
 }
 
-static void store_tile(const portion *p, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t column) {
-    const qz_array *y = &p->args->y;
-    const ptrdiff_t pitch = p->args->transpose ? QZ_FLOAT_OUTPUTS : QZ_FLOAT_OUTPUTS_N, stride = qz_last_stride(y);
-    const ptrdiff_t count = p->args->transpose ? job->rows : job->columns;
-    for (ptrdiff_t m = 0; m < job->m; m++) {
-        char *to = qz_element(y, y->ndim - 1, p->first + first + m) + column * stride;
-        p->kernels->store(to, stride, y->type, job->y + m * pitch, count);
+static void move_in_n(qz_matmul_job *job, const portion *p, ptrdiff_t n) {
+    const ptrdiff_t group = n / p->group_size;
+    if (p->args->transpose) {
+        job->w += n * job->w_row_stride;
+        job->scales.scales += n * job->scales.scale_row_stride;
+        job->scales.biases += n * job->scales.bias_row_stride;
+    } else {
+        job->w += n * qz_formats[p->args->format].bits / 8;
+        job->scales.scales += group * job->scales.scale_group_stride;
+        job->scales.biases += group * job->scales.bias_group_stride;
+    }
+}
+
+/* The job of some outputs and rows of x, for all k, panel by panel where weights are decoded first. */
+static void multiply_tile(const portion *p, const qz_matmul_job *job, ptrdiff_t outputs) {
+    const int transpose = p->args->transpose;
+    if (p->few) {
+        p->plain->decode_t(job);
+        return;
+    }
+    memset(job->y, 0, (size_t)(job->m * (transpose ? QZ_FLOAT_OUTPUTS : QZ_FLOAT_OUTPUTS_N)) * sizeof *job->y);
+    for (ptrdiff_t k = 0; k < p->k; k += p->panel) {
+        const ptrdiff_t count = p->k - k < p->panel ? p->k - k : p->panel;
+        qz_matmul_job some = *job;
+        some.rows = transpose ? outputs : count;
+        some.columns = transpose ? count : outputs;
+        some.x += k / p->panel * p->m * p->x_stride;
+        move_in_k(&some, p, k);
+        if (transpose) {
+            p->plain->prefill_t(&some);
+        } else {
+            p->plain->matmul_n(&some);
+        }
+    }
+}
+
+static void store_tile(const portion *p, const float *y, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t column,
+                       ptrdiff_t outputs) {
+    const qz_array *to = &p->args->y;
+    const ptrdiff_t pitch = p->args->transpose ? QZ_FLOAT_OUTPUTS : QZ_FLOAT_OUTPUTS_N, stride = qz_last_stride(to);
+    for (ptrdiff_t m = 0; m < rows; m++) {
+        char *row = qz_element(to, to->ndim - 1, p->first + first + m) + column * stride;
+        p->kernels->store(row, stride, to->type, y + m * pitch, outputs);
     }
 }
 
@@ -83,19 +121,17 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
     for (ptrdiff_t piece = begin; piece < end; piece++) {
         const ptrdiff_t column = piece / p->parts * p->tile, part = piece % p->parts;
         const ptrdiff_t first = p->m * part / p->parts, last = p->m * (part + 1) / p->parts;
-        qz_matmul_job job = job_of_tile(p, column);
-        job.x = p->x ? p->x + first * p->x_stride : row_of_x(p, first);
+        const ptrdiff_t outputs = p->n - column < p->tile ? p->n - column : p->tile;
+        qz_matmul_job job = p->base;
+        job.rows = outputs; /* decode_t's; for all others set with each panel */
+        job.columns = p->k;
+        job.x = p->x + first * p->x_stride;
         job.x_stride = p->x_stride;
         job.m = last - first;
         job.y = y;
-        if (p->few) {
-            p->plain->decode_t(&job);
-        } else if (p->args->transpose) {
-            p->plain->prefill_t(&job);
-        } else {
-            p->plain->matmul_n(&job);
-        }
-        store_tile(p, &job, first, column);
+        move_in_n(&job, p, column);
+        multiply_tile(p, &job, outputs);
+        store_tile(p, y, first, job.m, column, outputs);
     }
 }
 
@@ -114,35 +150,27 @@ static ptrdiff_t share_out(portion *p, const qz_run *run) {
 
 static qz_status multiply_portion(portion *p, int64_t *polled, const qz_run *run) {
     qz_status status = qz_poll_between(run, polled);
-    if (status == QZ_OK && p->x) status = qz_parallel(prepare_rows, p, p->m, 16384 / (p->k + 1) + 1, run);
+    if (status == QZ_OK) status = qz_parallel(prepare_rows, p, p->m, 16384 / (p->k + 1) + 1, run);
     if (status != QZ_OK) return status;
     const ptrdiff_t grain = share_out(p, run);
     return qz_parallel(multiply_tiles, p, p->tiles * p->parts, grain, run);
 }
 
-/* Rows of x that one kernel call may take from where they are: float32, one after the other with one stride. */
-static int is_in_place(const qz_array *x) {
-    const int rows = x->ndim - 2;
-    for (int i = 0; i < rows; i++) {
-        if (x->shape[i] != 1 && x->strides[i] != x->strides[i + 1] * x->shape[i + 1]) return 0;
-    }
-    return x->type == QZ_F32 && qz_last_stride(x) == 4 && qz_is_aligned(x);
-}
-
-/* Sets how x is read, and returns how many of `rows` rows are taken together: in portions of nearly the same size. */
+/* Sets how x is prepared, and returns how many of `rows` rows are taken together: portions are nearly of one size. A
+ * line of the cache between rows keeps them from falling into the same of its sets. */
 static ptrdiff_t plan_rows(portion *p, ptrdiff_t rows) {
-    const qz_matmul_args *a = p->args;
-    const size_t row = ((size_t)p->k * sizeof(float) + 63) / 64 * 64;
-    p->few = a->transpose && rows <= QZ_FLOAT_FEW;
+    const int transpose = p->args->transpose;
+    p->few = transpose && rows <= QZ_FLOAT_FEW;
+    p->panel = transpose ? QZ_FLOAT_PANEL_T : QZ_FLOAT_PANEL_N;
     p->staged = p->few ? (ptrdiff_t)((p->plain->prepared_size(p->k, p->group_size) + 63) / 64 * 64) : 0;
-    p->x_stride = p->staged + (ptrdiff_t)row;
-    ptrdiff_t most = a->transpose ? MAX_ROWS_T : MAX_ROWS_N;
-    if (p->x_stride && (size_t)most > prepared_bytes / (size_t)p->x_stride) {
-        most = (ptrdiff_t)(prepared_bytes / (size_t)p->x_stride);
-    }
+    p->x_stride = p->few ? p->staged + p->k * 4 : p->panel * 4 + 64;
+    const ptrdiff_t panels = p->few ? 1 : (p->k + p->panel - 1) / p->panel, row = panels * p->x_stride;
+    ptrdiff_t most = transpose ? MAX_ROWS_T : MAX_ROWS_N;
+    if (row && most > prepared_bytes / row) most = prepared_bytes / row;
     if (most < MIN_ROWS) most = MIN_ROWS;
-    const ptrdiff_t portions = (rows + most - 1) / most;
-    return (rows + portions - 1) / portions;
+    const ptrdiff_t portions = (rows + most - 1) / most, some = (rows + portions - 1) / portions;
+    p->x = qz_scratch((size_t)some * (size_t)row);
+    return some;
 }
 
 static qz_status multiply_matrices(portion *p, char *words, ptrdiff_t matrices, ptrdiff_t rows, ptrdiff_t most,
@@ -174,12 +202,9 @@ qz_status qz_cpu_matmul_float(const qz_plan *plan, const qz_matmul_args *args, c
         matrices = 1;
     }
     const ptrdiff_t most = plan_rows(&p, rows);
-    const int in_place = !p.few && is_in_place(&args->x);
-    if (in_place) p.x_stride = args->x.strides[dims];
-    p.x = in_place ? NULL : qz_scratch((size_t)most * (size_t)p.x_stride);
     char *words = apart ? qz_scratch((size_t)args->w.shape[dims] * (size_t)qz_last(&args->w) * 4) : NULL;
     qz_status status = QZ_NO_MEMORY;
-    if ((p.x || in_place) && (words || !apart)) status = multiply_matrices(&p, words, matrices, rows, most, run);
+    if (p.x && (words || !apart)) status = multiply_matrices(&p, words, matrices, rows, most, run);
     free(p.x);
     free(words);
     return status;

@@ -48,10 +48,14 @@ qz_status qz_point_at_weights(qz_matmul_job *job, const qz_matmul_args *args, pt
     job->w_row_stride = w->strides[dims];
     job->group_size = qz_formats[args->format].group_sizes[args->group_slot];
     job->scales = (qz_scales){
-        qz_element(scales, dims, matrix), qz_element(biases, dims, matrix),
-        scales->strides[dims],            scales->strides[dims + 1],
-        biases->strides[dims],            biases->strides[dims + 1],
-        scales->type,                     biases->type,
+        qz_element(scales, dims, matrix),
+        qz_element(biases, dims, matrix),
+        scales->strides[dims],
+        scales->strides[dims + 1],
+        biases->strides[dims],
+        biases->strides[dims + 1],
+        scales->type,
+        biases->type,
     };
     if (!copy) return QZ_OK;
     job->w = (const uint8_t *)copy;

@@ -102,6 +102,12 @@ QZ_INLINE v_f32 scales_of_words(const float_row *row, ptrdiff_t i, int bits) {
     return v;
 }
 
+/* Asks for the scales that belong to weights QZ_PREFETCH_FLOAT bytes ahead. */
+QZ_INLINE void prefetch_scales(const char *at, ptrdiff_t stride, ptrdiff_t groups, ptrdiff_t group_bytes) {
+    const ptrdiff_t ahead = QZ_PREFETCH_FLOAT / group_bytes;
+    for (ptrdiff_t i = 0; i < groups * stride; i += 64) __builtin_prefetch(at + ahead * stride + i);
+}
+
 QZ_INLINE void add_chunk(v_f32 *totals, const float_row *row, const uint8_t *w, ptrdiff_t codes, int rows, int bits) {
     const ptrdiff_t runs = QZ_RUNS(bits), bytes = runs * bits / 8, whole = codes / runs;
     for (ptrdiff_t i = 0; i < whole; i++) {
@@ -140,6 +146,9 @@ QZ_INLINE void multiply_float_row(float *y, const qz_matmul_job *job, ptrdiff_t 
         const ptrdiff_t some = groups - first < QZ_GROUPS ? groups - first : QZ_GROUPS, k = first * job->group_size;
         if (some % QZ_LANES) memset(scales + some, 0, QZ_LANES * sizeof *scales);
         if (some % QZ_LANES) memset(biases + some, 0, QZ_LANES * sizeof *biases);
+        prefetch_scales(s + first * from->scale_group_stride, from->scale_group_stride, some,
+                        job->group_size * bits / 8);
+        prefetch_scales(b + first * from->bias_group_stride, from->bias_group_stride, some, job->group_size * bits / 8);
         QZ_NAME(load)(scales, s + first * from->scale_group_stride, from->scale_group_stride, from->scale_type, some);
         QZ_NAME(load)(biases, b + first * from->bias_group_stride, from->bias_group_stride, from->bias_type, some);
         for (ptrdiff_t i = 0; i < some; i += QZ_LANES) {
@@ -175,9 +184,9 @@ QZ_INLINE void float_decode_t(const qz_matmul_job *job, int bits) {
 /* ---- panels and tiles ---------------------------------------------------------------------------------------------
  */
 
-/* A panel is QZ_ACROSS outputs wide, two vectors, and some k long. Two vectors of sums for each row of x fill the
- * registers but for the panel's vectors and x. */
-enum { QZ_ACROSS = 2 * QZ_LANES, QZ_PANEL_T = 512, QZ_PANEL_N = 128 };
+/* A panel is QZ_ACROSS outputs wide, two vectors, and as long in k as the job. Two vectors of sums for each row of x
+ * fill the registers but for the panel's vectors and x. */
+enum { QZ_ACROSS = 2 * QZ_LANES };
 
 /* Adds the products of column k of x with one line of a panel. */
 QZ_INLINE void add_outer(v_f32 (*sums)[2], const float *line, const char *x, ptrdiff_t x_stride, ptrdiff_t k,
@@ -217,12 +226,11 @@ QZ_INLINE void multiply_tile(float *y, ptrdiff_t pitch, const float *panel, cons
     }
 }
 
-#define QZ_TILE_CASE(rows)                                                             \
-    case rows:                                                                         \
-        if (rows <= QZ_FLOAT_ROWS) {                                                   \
-            multiply_tile(y, pitch, panel, x, x_stride, count,                         \
-                          rows <= QZ_FLOAT_ROWS ? rows : QZ_FLOAT_ROWS);               \
-        }                                                                              \
+#define QZ_TILE_CASE(rows)                                                                                    \
+    case rows:                                                                                                \
+        if (rows <= QZ_FLOAT_ROWS) {                                                                          \
+            multiply_tile(y, pitch, panel, x, x_stride, count, rows <= QZ_FLOAT_ROWS ? rows : QZ_FLOAT_ROWS); \
+        }                                                                                                     \
         break;
 
 static void multiply_rows(float *y, ptrdiff_t pitch, const float *panel, const char *x, ptrdiff_t x_stride,
@@ -259,16 +267,15 @@ static void multiply_panel(float *y, ptrdiff_t pitch, const float *panel, const 
 
 /* Scales and biases of one panel: of each group, QZ_ACROSS rows'. */
 typedef struct panel_scales {
-    float scales[QZ_PANEL_T / 32][QZ_ACROSS], biases[QZ_PANEL_T / 32][QZ_ACROSS];
+    float scales[QZ_FLOAT_PANEL_T / 32][QZ_ACROSS], biases[QZ_FLOAT_PANEL_T / 32][QZ_ACROSS];
 } panel_scales;
 
-QZ_INLINE void load_panel_scales(panel_scales *to, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t rows,
-                                 ptrdiff_t k, ptrdiff_t count) {
+QZ_INLINE void load_panel_scales(panel_scales *to, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t rows) {
     const qz_scales *from = &job->scales;
-    const ptrdiff_t group = k / job->group_size, groups = count / job->group_size;
-    const char *s = from->scales + first * from->scale_row_stride + group * from->scale_group_stride;
-    const char *b = from->biases + first * from->bias_row_stride + group * from->bias_group_stride;
-    float one[QZ_PANEL_T / 32];
+    const ptrdiff_t groups = job->columns / job->group_size;
+    const char *s = from->scales + first * from->scale_row_stride;
+    const char *b = from->biases + first * from->bias_row_stride;
+    float one[QZ_FLOAT_PANEL_T / 32];
     for (ptrdiff_t r = 0; r < rows; r++) {
         QZ_NAME(load)(one, s + r * from->scale_row_stride, from->scale_group_stride, from->scale_type, groups);
         for (ptrdiff_t g = 0; g < groups; g++) to->scales[g][r] = one[g];
@@ -293,65 +300,63 @@ QZ_INLINE void load_words_of_rows(v_i32 *words, const uint8_t *w, ptrdiff_t row_
     for (int i = 0; i < QZ_LANES; i++) words[i] = bits_of_f32(lines[i]);
 }
 
-/* Half a panel: QZ_LANES outputs from k on. */
-QZ_INLINE void decode_half_panel_t(float *panel, const panel_scales *scales, const qz_matmul_job *job,
-                                   const uint8_t *w, ptrdiff_t rows, ptrdiff_t count, ptrdiff_t half, int bits) {
-    const ptrdiff_t runs = QZ_RUNS(bits);
+/* The first `rows` rows at w; what stands in lanes beyond them is not looked at. */
+QZ_INLINE void decode_panel_t(float *panel, const panel_scales *scales, const qz_matmul_job *job, const uint8_t *w,
+                              ptrdiff_t rows, int bits) {
+    const ptrdiff_t count = job->columns, runs = QZ_RUNS(bits), stride = job->w_row_stride;
+    const ptrdiff_t low = rows < QZ_LANES ? rows : QZ_LANES, high = rows - low;
     const int run = QZ_RUN(bits), shift = log2_of(job->group_size);
     for (ptrdiff_t at = 0; at < count; at += runs) {
-        v_i32 words[QZ_LANES];
-        load_words_of_rows(words, w + at * bits / 8, job->w_row_stride, rows, count - at, bits);
+        v_i32 words[2][QZ_LANES];
+        const uint8_t *from = w + at * bits / 8;
+        load_words_of_rows(words[0], from, stride, low, count - at, bits);
+        load_words_of_rows(words[1], high ? from + low * stride : from, stride, high ? high : low, count - at, bits);
         for (ptrdiff_t i = 0; i < QZ_LANES && at + i * run < count; i++) {
-            const ptrdiff_t k = at + i * run, group = k >> shift;
-            const v_f32 s = load_f32(scales->scales[group] + half), b = load_f32(scales->biases[group] + half);
-            const v_i32 word = words[i];
+            float *to = panel + (at + i * run) * QZ_ACROSS;
+            const ptrdiff_t group = (at + i * run) >> shift;
+            const v_f32 s0 = load_f32(scales->scales[group]), s1 = load_f32(scales->scales[group] + QZ_LANES);
+            const v_f32 b0 = load_f32(scales->biases[group]), b1 = load_f32(scales->biases[group] + QZ_LANES);
+            const v_i32 word0 = words[0][i], word1 = words[1][i];
             QZ_UNROLL
             for (int j = 0; j < run; j++) {
-                store_f32(panel + (k + j) * QZ_ACROSS + half, fma_f32(f32_of_code(word, j, QZ_WIDTH(bits)), s, b));
+                store_f32(to + j * QZ_ACROSS, fma_f32(f32_of_code(word0, j, QZ_WIDTH(bits)), s0, b0));
+                store_f32(to + j * QZ_ACROSS + QZ_LANES, fma_f32(f32_of_code(word1, j, QZ_WIDTH(bits)), s1, b1));
             }
         }
     }
 }
 
 QZ_INLINE void float_prefill_t(const qz_matmul_job *job, int bits) {
-    _Alignas(64) float panel[QZ_PANEL_T * QZ_ACROSS];
+    _Alignas(64) float panel[QZ_FLOAT_PANEL_T * QZ_ACROSS];
     panel_scales scales;
     memset(&scales, 0, sizeof scales);
-    memset(job->y, 0, (size_t)(job->m * QZ_FLOAT_OUTPUTS) * sizeof *job->y);
     for (ptrdiff_t first = 0; first < job->rows; first += QZ_ACROSS) {
         const ptrdiff_t rows = job->rows - first < QZ_ACROSS ? job->rows - first : QZ_ACROSS;
-        for (ptrdiff_t k = 0; k < job->columns; k += QZ_PANEL_T) {
-            const ptrdiff_t count = job->columns - k < QZ_PANEL_T ? job->columns - k : QZ_PANEL_T;
-            load_panel_scales(&scales, job, first, rows, k, count);
-            for (ptrdiff_t half = 0; half < rows; half += QZ_LANES) {
-                const uint8_t *w = job->w + (first + half) * job->w_row_stride + k * bits / 8;
-                decode_half_panel_t(panel, &scales, job, w, rows - half, count, half, bits);
-            }
-            multiply_panel(job->y + first, QZ_FLOAT_OUTPUTS, panel, job->x + k * (ptrdiff_t)sizeof(float),
-                           job->x_stride, count, job->m);
-        }
+        load_panel_scales(&scales, job, first, rows);
+        decode_panel_t(panel, &scales, job, job->w + first * job->w_row_stride, rows, bits);
+        multiply_panel(job->y + first, QZ_FLOAT_OUTPUTS, panel, job->x, job->x_stride, job->columns, job->m);
     }
 }
 
 /* ---- weights [K, N] ---- */
 
 /* Panels side by side for all outputs of a tile. */
-QZ_INLINE void decode_panels_n(float *panels, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t count, int bits) {
+QZ_INLINE void decode_panels_n(float *panels, const qz_matmul_job *job, int bits) {
     const qz_scales *from = &job->scales;
-    const ptrdiff_t groups = job->columns / job->group_size;
-    float scales[QZ_FLOAT_OUTPUTS_N / 32][QZ_PANEL_N], biases[QZ_FLOAT_OUTPUTS_N / 32][QZ_PANEL_N];
-    const char *s = from->scales + first * from->scale_row_stride, *b = from->biases + first * from->bias_row_stride;
+    const ptrdiff_t groups = job->columns / job->group_size, count = job->rows;
+    float scales[QZ_FLOAT_OUTPUTS_N / 32][QZ_FLOAT_PANEL_N], biases[QZ_FLOAT_OUTPUTS_N / 32][QZ_FLOAT_PANEL_N];
+    const char *s = from->scales, *b = from->biases;
     for (ptrdiff_t g = 0; g < groups; g++) {
         QZ_NAME(load)(scales[g], s + g * from->scale_group_stride, from->scale_row_stride, from->scale_type, count);
         QZ_NAME(load)(biases[g], b + g * from->bias_group_stride, from->bias_row_stride, from->bias_type, count);
     }
     for (ptrdiff_t k = 0; k < count; k++) {
         uint8_t codes[QZ_FLOAT_OUTPUTS_N];
-        unpack_bits(codes, job->w + (first + k) * job->w_row_stride, bits, job->columns);
+        unpack_bits(codes, job->w + k * job->w_row_stride, bits, job->columns);
         for (ptrdiff_t g = 0; g < groups; g++) {
             const v_f32 scale = set1_f32(scales[g][k]), bias = set1_f32(biases[g][k]);
             for (ptrdiff_t n = g * job->group_size; n < (g + 1) * job->group_size; n += QZ_LANES) {
-                float *to = panels + (n / QZ_ACROSS * QZ_PANEL_N + k) * QZ_ACROSS + n % QZ_ACROSS;
+                float *to = panels + (n / QZ_ACROSS * QZ_FLOAT_PANEL_N + k) * QZ_ACROSS + n % QZ_ACROSS;
                 store_f32(to, fma_f32(f32_from_i32(i32_from_u8(codes + n)), scale, bias));
             }
         }
@@ -359,14 +364,10 @@ QZ_INLINE void decode_panels_n(float *panels, const qz_matmul_job *job, ptrdiff_
 }
 
 QZ_INLINE void float_matmul_n(const qz_matmul_job *job, int bits) {
-    _Alignas(64) float panels[QZ_PANEL_N * QZ_FLOAT_OUTPUTS_N];
-    memset(job->y, 0, (size_t)(job->m * QZ_FLOAT_OUTPUTS_N) * sizeof *job->y);
-    for (ptrdiff_t first = 0; first < job->rows; first += QZ_PANEL_N) {
-        const ptrdiff_t count = job->rows - first < QZ_PANEL_N ? job->rows - first : QZ_PANEL_N;
-        decode_panels_n(panels, job, first, count, bits);
-        for (ptrdiff_t n = 0; n < job->columns; n += QZ_ACROSS) {
-            multiply_panel(job->y + n, QZ_FLOAT_OUTPUTS_N, panels + n * QZ_PANEL_N,
-                           job->x + first * (ptrdiff_t)sizeof(float), job->x_stride, count, job->m);
-        }
+    _Alignas(64) float panels[QZ_FLOAT_PANEL_N * QZ_FLOAT_OUTPUTS_N];
+    decode_panels_n(panels, job, bits);
+    for (ptrdiff_t n = 0; n < job->columns; n += QZ_ACROSS) {
+        multiply_panel(job->y + n, QZ_FLOAT_OUTPUTS_N, panels + n * QZ_FLOAT_PANEL_N, job->x, job->x_stride, job->rows,
+                       job->m);
     }
 }

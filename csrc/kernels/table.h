@@ -30,15 +30,15 @@
 #define QZ_DEFINE_MATMUL_N(name, bits, digits) \
     static void QZ_NAME(matmul_n_##name##_##digits)(const qz_matmul_job *job) { QZ_MATMUL_N(job, bits, digits); }
 
-#define QZ_DEFINE_FLOAT(name, bits)                                                                        \
-    static size_t QZ_NAME(float_row_size_##name)(ptrdiff_t k, ptrdiff_t group_size) {                      \
-        return float_row_size(k, group_size, bits);                                                        \
-    }                                                                                                      \
+#define QZ_DEFINE_FLOAT(name, bits)                                                                           \
+    static size_t QZ_NAME(float_row_size_##name)(ptrdiff_t k, ptrdiff_t group_size) {                         \
+        return float_row_size(k, group_size, bits);                                                           \
+    }                                                                                                         \
     static void QZ_NAME(prepare_float_##name)(float *to, const float *x, ptrdiff_t k, ptrdiff_t group_size) { \
-        prepare_float_row(to, x, k, group_size, bits);                                                     \
-    }                                                                                                      \
-    static void QZ_NAME(float_decode_t_##name)(const qz_matmul_job *job) { float_decode_t(job, bits); }    \
-    static void QZ_NAME(float_prefill_t_##name)(const qz_matmul_job *job) { float_prefill_t(job, bits); }  \
+        prepare_float_row(to, x, k, group_size, bits);                                                        \
+    }                                                                                                         \
+    static void QZ_NAME(float_decode_t_##name)(const qz_matmul_job *job) { float_decode_t(job, bits); }       \
+    static void QZ_NAME(float_prefill_t_##name)(const qz_matmul_job *job) { float_prefill_t(job, bits); }     \
     static void QZ_NAME(float_n_##name)(const qz_matmul_job *job) { float_matmul_n(job, bits); }
 
 #define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias)                            \
@@ -60,15 +60,16 @@
 #undef QZ_FORMAT
 
 #define QZ_BY_DIGITS(kernel) {QZ_NAME(kernel##_1), QZ_NAME(kernel##_2), QZ_NAME(kernel##_3)}
-#define QZ_SLOT(name, slot)                                                                                  \
-    {{[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}, \
-     QZ_NAME(dequantize_##name),                                                                             \
-     QZ_BY_DIGITS(prepared_size_##name##_##slot),                                                            \
-     QZ_BY_DIGITS(prepare_x_##name##_##slot),                                                                \
-     QZ_BY_DIGITS(matmul_t_##name##_##slot),                                                                 \
-     QZ_BY_DIGITS(matmul_n_##name),                                                                          \
-     {QZ_NAME(float_row_size_##name), QZ_NAME(prepare_float_##name), QZ_NAME(float_decode_t_##name),         \
-      QZ_NAME(float_prefill_t_##name), QZ_NAME(float_n_##name)}}
+#define QZ_SLOT(name, slot)                                                                                     \
+    {                                                                                                           \
+        {[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}, \
+            QZ_NAME(dequantize_##name), QZ_BY_DIGITS(prepared_size_##name##_##slot),                            \
+            QZ_BY_DIGITS(prepare_x_##name##_##slot), QZ_BY_DIGITS(matmul_t_##name##_##slot),                    \
+            QZ_BY_DIGITS(matmul_n_##name), {                                                                    \
+            QZ_NAME(float_row_size_##name), QZ_NAME(prepare_float_##name), QZ_NAME(float_decode_t_##name),      \
+                QZ_NAME(float_prefill_t_##name), QZ_NAME(float_n_##name)                                        \
+        }                                                                                                       \
+    }
 #define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias) \
     {QZ_SLOT(name, 0), QZ_SLOT(name, 1), QZ_SLOT(name, 2)},
 static const qz_format_kernels QZ_NAME(format_kernels)[QZ_FORMATS][QZ_GROUP_SLOTS] = {
