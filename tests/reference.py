@@ -513,13 +513,14 @@ def roundings_float(k):
     Each multiplication and each addition counts, as if none were fused. Vectors have L >= 4 lanes.
 
     - Weights decoded first: 2 for s*q + b, 1 for its product with x, and an addition per element of a panel of at most
-      512 k, 3 where a panel is summed in up to 4 chains, 1 for each panel's sum: min(k, 512) + k/512 + 7.
+      256 k, 3 where a panel is summed in up to 4 chains, 1 for the sum of each panel of 128 or more:
+      min(k, 256) + k/128 + 7.
     - Codes multiplied first, vectors of them that hold at least 4*L >= 16 codes of k: 1 for q*x, up to 16 and 3
       additions in a lane, 1 for the product with s, and an addition per such vector (k/16 + 1) and per L groups of
       biases (k/128 + k/2048 + 1, as groups of 32 or more are taken 64 at a time), then up to 16 over the lanes. Sums of
       x in a group take at most 128/L + 16 <= 48 instead of the first 20. That is k/14 + 80 at most.
     """
-    return min(k, 512) + k / 14 + 80
+    return min(k, 256) + k / 14 + 80
 
 
 def bound_float(x, codes, scales, biases, group_size, transpose):
