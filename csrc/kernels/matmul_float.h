@@ -284,44 +284,49 @@ QZ_INLINE void load_panel_scales(panel_scales *to, const qz_matmul_job *job, ptr
     }
 }
 
-/* Words that hold the same k of QZ_LANES rows, in `count` vectors; rows beyond the last repeat it. */
-QZ_INLINE void load_words_of_rows(v_i32 *words, const uint8_t *w, ptrdiff_t row_stride, ptrdiff_t rows, ptrdiff_t codes,
-                                  int bits) {
+/* Words that hold the same k of QZ_LANES rows, in `count` vectors. */
+QZ_INLINE void load_words_of_rows(v_i32 *words, const uint8_t *w, ptrdiff_t row_stride, int bits) {
     v_f32 lines[QZ_LANES];
     QZ_UNROLL
-    for (int r = 0; r < QZ_LANES; r++) {
-        const uint8_t *from = w + (r < rows ? r : rows - 1) * row_stride;
-        uint8_t last[4 * QZ_LANES] = {0};
-        if (codes < QZ_RUNS(bits)) from = memcpy(last, from, (size_t)(codes * bits / 8));
-        lines[r] = f32_of_bits(load_words(from, bits));
-    }
+    for (int r = 0; r < QZ_LANES; r++) lines[r] = f32_of_bits(load_words(w + r * row_stride, bits));
     transpose_f32(lines);
     QZ_UNROLL
-    for (int i = 0; i < QZ_LANES; i++) words[i] = bits_of_f32(lines[i]);
+    for (int r = 0; r < QZ_LANES; r++) words[r] = bits_of_f32(lines[r]);
 }
 
-/* The first `rows` rows at w; what stands in lanes beyond them is not looked at. */
+/* QZ_RUN(bits) lines of a panel: weights of one k each. */
+QZ_INLINE void decode_lines(float *to, v_i32 low, v_i32 high, const float *scales, const float *biases, int bits) {
+    const v_f32 s0 = load_f32(scales), s1 = load_f32(scales + QZ_LANES);
+    const v_f32 b0 = load_f32(biases), b1 = load_f32(biases + QZ_LANES);
+    const int run = QZ_RUN(bits);
+    QZ_UNROLL
+    for (int j = 0; j < run; j++) {
+        store_f32(to + j * QZ_ACROSS, fma_f32(f32_of_code(low, j, QZ_WIDTH(bits)), s0, b0));
+        store_f32(to + j * QZ_ACROSS + QZ_LANES, fma_f32(f32_of_code(high, j, QZ_WIDTH(bits)), s1, b1));
+    }
+}
+
+/* The first `rows` rows at w. Where they are too few, or k ends, kernels read a copy padded with zeros. */
 QZ_INLINE void decode_panel_t(float *panel, const panel_scales *scales, const qz_matmul_job *job, const uint8_t *w,
                               ptrdiff_t rows, int bits) {
-    const ptrdiff_t count = job->columns, runs = QZ_RUNS(bits), stride = job->w_row_stride;
-    const ptrdiff_t low = rows < QZ_LANES ? rows : QZ_LANES, high = rows - low;
-    const int run = QZ_RUN(bits), shift = log2_of(job->group_size);
+    const ptrdiff_t count = job->columns, runs = QZ_RUNS(bits), run = QZ_RUN(bits);
+    const int shift = log2_of(job->group_size);
+    uint8_t copy[QZ_ACROSS][4 * QZ_LANES] = {{0}};
     for (ptrdiff_t at = 0; at < count; at += runs) {
-        v_i32 words[2][QZ_LANES];
+        const ptrdiff_t codes = count - at < runs ? count - at : runs;
         const uint8_t *from = w + at * bits / 8;
-        load_words_of_rows(words[0], from, stride, low, count - at, bits);
-        load_words_of_rows(words[1], high ? from + low * stride : from, stride, high ? high : low, count - at, bits);
-        for (ptrdiff_t i = 0; i < QZ_LANES && at + i * run < count; i++) {
-            float *to = panel + (at + i * run) * QZ_ACROSS;
-            const ptrdiff_t group = (at + i * run) >> shift;
-            const v_f32 s0 = load_f32(scales->scales[group]), s1 = load_f32(scales->scales[group] + QZ_LANES);
-            const v_f32 b0 = load_f32(scales->biases[group]), b1 = load_f32(scales->biases[group] + QZ_LANES);
-            const v_i32 word0 = words[0][i], word1 = words[1][i];
-            QZ_UNROLL
-            for (int j = 0; j < run; j++) {
-                store_f32(to + j * QZ_ACROSS, fma_f32(f32_of_code(word0, j, QZ_WIDTH(bits)), s0, b0));
-                store_f32(to + j * QZ_ACROSS + QZ_LANES, fma_f32(f32_of_code(word1, j, QZ_WIDTH(bits)), s1, b1));
-            }
+        ptrdiff_t stride = job->w_row_stride;
+        v_i32 low[QZ_LANES], high[QZ_LANES];
+        if (codes < runs || rows < QZ_ACROSS) {
+            for (ptrdiff_t r = 0; r < rows; r++) memcpy(copy[r], from + r * stride, (size_t)(codes * bits / 8));
+            from = copy[0];
+            stride = sizeof copy[0];
+        }
+        load_words_of_rows(low, from, stride, bits);
+        load_words_of_rows(high, from + QZ_LANES * stride, stride, bits);
+        for (ptrdiff_t i = 0; i * run < codes; i++) {
+            const ptrdiff_t k = at + i * run, group = k >> shift;
+            decode_lines(panel + k * QZ_ACROSS, low[i], high[i], scales->scales[group], scales->biases[group], bits);
         }
     }
 }
