@@ -355,8 +355,8 @@ QZ_INLINE void decode_panels_n(float *panels, const qz_matmul_job *job, int bits
         QZ_NAME(load)(scales[g], s + g * from->scale_group_stride, from->scale_row_stride, from->scale_type, count);
         QZ_NAME(load)(biases[g], b + g * from->bias_group_stride, from->bias_row_stride, from->bias_type, count);
     }
+    uint8_t codes[QZ_FLOAT_OUTPUTS_N] = {0};
     for (ptrdiff_t k = 0; k < count; k++) {
-        uint8_t codes[QZ_FLOAT_OUTPUTS_N];
         unpack_bits(codes, job->w + k * job->w_row_stride, bits, job->columns);
         for (ptrdiff_t g = 0; g < groups; g++) {
             const v_f32 scale = set1_f32(scales[g][k]), bias = set1_f32(biases[g][k]);
