@@ -32,7 +32,7 @@ typedef struct qz_matmul_args {
     qz_array x, w, scales, biases, y; /* batch dimensions already broadcast: equal shapes, some strides 0 */
     int format, group_slot;
     int transpose; /* y = x Wᵀ, W [N, K]; else y = x W, W [K, N] */
-    int digits;    /* 1, 2 or 3: how many digits of x count (kernels/fixed_point.h) */
+    int digits;    /* 1, 2 or 3: how many digits of x count (kernels/fixed_point.h); 0: plain float32 sums instead */
 } qz_matmul_args;
 
 typedef struct qz_fake_quantize_args {

@@ -12,6 +12,16 @@
  * QZ_PREFILL_ROWS where they are many, so that they stay in the caches meanwhile. */
 enum { QZ_TILE_ROWS = 16, QZ_PREFILL_ROWS = 64, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
 
+/* The float class: outputs of a tile at most, _t and _n, which is also the pitch of y; k of a job at most where weights
+ * are decoded first, multiples of every group size. Up to QZ_FLOAT_FEW rows of x, _t multiplies codes as they are. */
+enum {
+    QZ_FLOAT_OUTPUTS = 32,
+    QZ_FLOAT_OUTPUTS_N = 128,
+    QZ_FLOAT_PANEL_T = 256,
+    QZ_FLOAT_PANEL_N = 128,
+    QZ_FLOAT_FEW = 7
+};
+
 /* Bytes after a run of packed codes that a kernel may overwrite, so that it need not count them. */
 enum { QZ_SPILL = 128 };
 
@@ -65,12 +75,24 @@ typedef struct qz_matmul_kernel {
     void (*multiply)(const qz_matmul_job *);
 } qz_matmul_kernel;
 
+/* accumulate="float" (kernels/matmul_float.h). Jobs are those of the exact class, with y's pitches as said above.
+ * decode_t reads rows as prepare leaves them, of prepared_size bytes each, and sets y; the others take so much of k as
+ * said above, x being float32, and add to y. */
+typedef struct qz_float_kernels {
+    size_t (*prepared_size)(ptrdiff_t k, ptrdiff_t group_size);
+    void (*prepare)(float *to, const float *x, ptrdiff_t k, ptrdiff_t group_size);
+    void (*decode_t)(const qz_matmul_job *);
+    void (*prefill_t)(const qz_matmul_job *);
+    void (*matmul_n)(const qz_matmul_job *);
+} qz_float_kernels;
+
 typedef struct qz_format_kernels {
     void (*quantize[QZ_PROFILES])(const qz_quantize_job *);
     void (*dequantize)(const qz_dequantize_job *);
     /* y = x Wᵀ for few rows of x and for many; same bits. Index: digits - 1. */
     qz_matmul_kernel decode_t[QZ_MAX_DIGITS], prefill_t[QZ_MAX_DIGITS];
     void (*matmul_n[QZ_MAX_DIGITS])(const qz_matmul_job *);
+    qz_float_kernels plain;
 } qz_format_kernels;
 
 /* What the ceilings are measured by (kernels/probe.h). Sizes are multiples of QZ_PROBE_BLOCK; an operation is a

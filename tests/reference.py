@@ -504,6 +504,47 @@ def bound_n(x, codes, scales, biases, group_size, bits, digits):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Plain float32 sums (accumulate="float")
+
+
+def roundings_float(k):
+    """How many float32 roundings a summand s*q*x or b*x can pass through on its way into an output, on any ISA.
+
+    Each multiplication and each addition counts, as if none were fused. Vectors have L >= 4 lanes.
+
+    - Weights decoded first: 2 for s*q + b, 1 for its product with x, and an addition per element of a panel of at most
+      256 k, 3 where a panel is summed in up to 4 chains, 1 for the sum of each panel of 128 or more:
+      min(k, 256) + k/128 + 7.
+    - Codes multiplied first, vectors of them that hold at least 4*L >= 16 codes of k: 1 for q*x, up to 16 and 3
+      additions in a lane, 1 for the product with s, and an addition per such vector (k/16 + 1) and per L groups of
+      biases (k/128 + k/2048 + 1, as groups of 32 or more are taken 64 at a time), then up to 16 over the lanes. Sums of
+      x in a group take at most 128/L + 16 <= 48 instead of the first 20. That is k/14 + 80 at most.
+    """
+    return min(k, 256) + k / 14 + 80
+
+
+def bound_float(x, codes, scales, biases, group_size, transpose):
+    """Bound [M, N] on |result - exact64| of accumulate="float"; Inf where an intermediate may overflow float32.
+
+    D = `roundings_float` factors of at most 1 + U each change every summand by at most ((1 + U)^D - 1) of itself, so an
+    output by that much of sum |x|*(|s|*q + |b|). A product in the subnormal range is off by 2^-150 instead: one for the
+    weight (counted |x| times) and two for each k. (q*x is then exact: a multiple of 2^-149.) exact64's own error is
+    included. For a result rounded to a 16-bit kind add `half_ulp(abs(exact64) + bound, kind)`.
+    """
+    x64 = np.abs(np.asarray(x, np.float64))
+    q = np.asarray(codes).astype(np.float64)
+    s, b = (np.abs(np.asarray(a, np.float64)) for a in (scales, biases))
+    turn = np.transpose if transpose else np.asarray
+    with np.errstate(all="ignore"):
+        sizes = x64 @ turn(weights64(codes, s, b, group_size))
+        factor = np.expm1(roundings_float(x64.shape[1]) * np.log1p(U))
+        underflow = 2.0**-149 * (x64.sum(axis=1) + x64.shape[1])[:, None]
+        error = sizes * factor + underflow + error64(x, codes, scales, biases, group_size, transpose)
+        overflows = np.maximum(sizes + error, np.maximum(x64 @ turn(q), x64.sum(axis=1)[:, None])) >= 2.0**127
+        return np.where(overflows | ~np.isfinite(error), np.inf, error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Fake quantization
 
 

@@ -207,7 +207,7 @@ def test_dtypes_of_results(name, argument):
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_accumulate_and_activations(name):
-    refuse(name, ValueError, "accumulate must be 'exact', got 'fast'", accumulate="fast")
+    refuse(name, ValueError, "accumulate must be 'exact' or 'float', got 'fast'", accumulate="fast")
     refuse(name, TypeError, "accumulate must be a string, got NoneType", accumulate=None)
     refuse(name, ValueError, "activations must be 'int8', got 'int4'", activations="int4")
     refuse(name, TypeError, "activations must be a string, got int", activations=8)

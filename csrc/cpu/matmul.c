@@ -7,6 +7,7 @@
 #include "scratch.h"
 #include "select.h"
 #include "threads.h"
+#include "weights.h"
 
 /* From so many rows on, transposing the codes pays. */
 enum { MIN_PREFILL = 8 };
@@ -164,56 +165,6 @@ static qz_status multiply_chunk(chunk *c, char *record, const qz_run *run) {
 /* ---- the matrices of a call ----------------------------------------------------------------------------------------
  */
 
-static int batch_is_shared(const qz_array *array) {
-    for (int i = 0; i < array->ndim - 2; i++) {
-        if (array->shape[i] > 1 && array->strides[i] != 0) return 0;
-    }
-    return 1;
-}
-
-/* Where words of a row are not contiguous, kernels read a copy. */
-typedef struct words_copy {
-    char *to;
-    const char *from;
-    const qz_array *w;
-} words_copy;
-
-static void copy_words(void *context, ptrdiff_t begin, ptrdiff_t end) {
-    const words_copy *j = context;
-    const ptrdiff_t words = qz_last(j->w), stride = qz_last_stride(j->w), row_stride = j->w->strides[j->w->ndim - 2];
-    for (ptrdiff_t r = begin; r < end; r++) {
-        for (ptrdiff_t i = 0; i < words; i++) {
-            memcpy(j->to + (r * words + i) * 4, j->from + r * row_stride + i * stride, 4);
-        }
-    }
-}
-
-static qz_status point_at_weights(chunk *c, ptrdiff_t matrix, char *copy, const qz_run *run) {
-    const qz_matmul_args *a = c->args;
-    const int dims = a->w.ndim - 2;
-    const qz_array *w = &a->w;
-    char *data = qz_element(w, dims, matrix);
-    ptrdiff_t rows = w->shape[dims], words = qz_last(w);
-    c->base.w = (const uint8_t *)data;
-    c->base.w_row_stride = w->strides[dims];
-    c->base.group_size = c->group_size;
-    c->base.scales = (qz_scales){
-        qz_element(&a->scales, dims, matrix),
-        qz_element(&a->biases, dims, matrix),
-        a->scales.strides[dims],
-        a->scales.strides[dims + 1],
-        a->biases.strides[dims],
-        a->biases.strides[dims + 1],
-        a->scales.type,
-        a->biases.type,
-    };
-    if (!copy) return QZ_OK;
-    c->base.w = (const uint8_t *)copy;
-    c->base.w_row_stride = words * 4;
-    words_copy job = {copy, data, w};
-    return qz_parallel(copy_words, &job, rows, 16384 / (words + 1) + 1, run);
-}
-
 /* All scratch of a call, taken before anything is written: the prepared rows, one row for the definition, flags, and a
  * copy of the words of a matrix whose rows are not contiguous. */
 typedef struct buffers {
@@ -221,21 +172,14 @@ typedef struct buffers {
     ptrdiff_t max_rows;
 } buffers;
 
-/* Whether every float32 of the array stands where C allows a float to stand. */
-static int is_aligned(const qz_array *array) {
-    uintptr_t places = (uintptr_t)array->data;
-    for (int i = 0; i < array->ndim; i++) places |= (uintptr_t)array->strides[i];
-    return places % sizeof(float) == 0;
-}
-
 static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows, qz_arena *arena) {
     const qz_matmul_args *a = c->args;
     const qz_array *w = &a->w;
     size_t k = (size_t)c->k, digits = (size_t)a->digits - 1;
     const qz_format_kernels *definition = qz_definition()->format(a->format, a->group_slot);
     c->kernel = rows < MIN_PREFILL ? &c->kernels->decode_t[digits] : &c->kernels->prefill_t[digits];
-    int strided = qz_last(w) > 1 && qz_last_stride(w) != 4;
-    c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4 && is_aligned(&a->x);
+    int strided = qz_words_are_apart(w);
+    c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4 && qz_is_aligned(&a->x);
     c->staged = a->transpose ? (c->kernel->prepared_size(c->k) + 63) / 64 * 64 : 0;
     c->x_stride = c->staged + (c->in_place ? 0 : (k * sizeof(float) + 63) / 64 * 64);
     b->max_rows = a->transpose ? MAX_ROWS_T : MAX_ROWS_N;
@@ -258,7 +202,7 @@ static qz_status multiply_matrices(chunk *c, const buffers *b, ptrdiff_t matrice
     c->x = b->x;
     c->not_finite = b->not_finite;
     for (ptrdiff_t matrix = 0; matrix < matrices && status == QZ_OK; matrix++) {
-        status = point_at_weights(c, matrix, b->words, run);
+        status = qz_point_at_weights(&c->base, c->args, matrix, b->words, run);
         for (ptrdiff_t first = 0; first < rows && status == QZ_OK; first += b->max_rows) {
             c->first = matrix * rows + first;
             c->m = rows - first < b->max_rows ? rows - first : b->max_rows;
@@ -269,6 +213,7 @@ static qz_status multiply_matrices(chunk *c, const buffers *b, ptrdiff_t matrice
 }
 
 qz_status qz_cpu_matmul(const qz_plan *plan, const qz_matmul_args *args, const qz_run *run) {
+    if (args->digits == 0) return qz_cpu_matmul_float(plan, args, run);
     const int dims = args->x.ndim - 2;
     ptrdiff_t batch = qz_count(&args->x, dims), rows = args->x.shape[dims];
     chunk c = {.plan = plan, .args = args, .n = qz_last(&args->y), .k = qz_last(&args->x)};
@@ -276,7 +221,7 @@ qz_status qz_cpu_matmul(const qz_plan *plan, const qz_matmul_args *args, const q
     if (batch * rows == 0 || c.n == 0) return QZ_OK;
     c.kernels = plan->kernels->format(args->format, args->group_slot);
     c.group_size = qz_formats[args->format].group_sizes[args->group_slot];
-    int shared = batch_is_shared(&args->w) && batch_is_shared(&args->scales) && batch_is_shared(&args->biases);
+    int shared = qz_weights_are_shared(args);
     if (shared) {
         rows *= batch;
         batch = 1;

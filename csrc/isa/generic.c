@@ -9,6 +9,7 @@
 #include "../kernels/fake_quantize.h"
 #include "../kernels/fixed_point.h"
 #include "../kernels/matmul_definition.h"
+#include "../kernels/matmul_float.h"
 #include "../kernels/probe.h"
 #include "../kernels/quantize.h"
 

@@ -201,9 +201,10 @@ QZ_INLINE const uint8_t *step_of_row(uint8_t *copy, const qz_matmul_job *job, pt
     return copy;
 }
 
-/* Scales or biases of one group for all rows of the tile. */
+/* Scales or biases of one group for all rows of the tile, zero beyond. */
 QZ_INLINE void load_of_rows(float to[QZ_TILE_ROWS], const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t rows) {
-    for (ptrdiff_t r = 0; r < QZ_TILE_ROWS; r++) to[r] = load_one(from + (r < rows ? r : rows - 1) * stride, type);
+    QZ_NAME(load)(to, from, stride, type, rows);
+    for (ptrdiff_t r = rows; r < QZ_TILE_ROWS; r++) to[r] = 0.0f;
 }
 
 /* The terms of block `at`, whose sums stand at dots[0] and dots[1]: lanes are weight rows. */

@@ -116,9 +116,9 @@ QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, con
 }
 
 /* A panel against QZ_TILE_M rows of x from `prepared` on, of which `rows` count; the last stands in for the others. */
-QZ_INLINE void multiply_panel(float *y, ptrdiff_t pitch, const panel_t *panel, const char *prepared, ptrdiff_t x_stride,
-                              ptrdiff_t k, ptrdiff_t first, int blocks, ptrdiff_t rows, int bits, int block,
-                              int digits) {
+QZ_INLINE void multiply_panel_t(float *y, ptrdiff_t pitch, const panel_t *panel, const char *prepared,
+                                ptrdiff_t x_stride, ptrdiff_t k, ptrdiff_t first, int blocks, ptrdiff_t rows, int bits,
+                                int block, int digits) {
     const int wide = is_wide(bits, block, digits), bytes = strip_bytes(bits, digits);
     planes x[QZ_TILE_M];
     const int8_t *strips[QZ_TILE_M];
@@ -151,8 +151,8 @@ QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digi
             load_panel_t(&panel, job, column, first, some, bits, block, per_group, digits);
             for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
                 const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
-                multiply_panel(job->y + m * job->y_stride + column, job->y_stride, &panel, job->x + m * job->x_stride,
-                               job->x_stride, job->columns, first, some, rows, bits, block, digits);
+                multiply_panel_t(job->y + m * job->y_stride + column, job->y_stride, &panel, job->x + m * job->x_stride,
+                                 job->x_stride, job->columns, first, some, rows, bits, block, digits);
             }
         }
     }

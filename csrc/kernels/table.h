@@ -34,6 +34,17 @@
 #define QZ_DEFINE_MATMUL_N(name, bits, digits) \
     static void QZ_NAME(matmul_n_##name##_##digits)(const qz_matmul_job *job) { QZ_MATMUL_N(job, bits, digits); }
 
+#define QZ_DEFINE_FLOAT(name, bits)                                                                           \
+    static size_t QZ_NAME(float_row_size_##name)(ptrdiff_t k, ptrdiff_t group_size) {                         \
+        return float_row_size(k, group_size, bits);                                                           \
+    }                                                                                                         \
+    static void QZ_NAME(prepare_float_##name)(float *to, const float *x, ptrdiff_t k, ptrdiff_t group_size) { \
+        prepare_float_row(to, x, k, group_size, bits);                                                        \
+    }                                                                                                         \
+    static void QZ_NAME(float_decode_t_##name)(const qz_matmul_job *job) { float_decode_t(job, bits); }       \
+    static void QZ_NAME(float_prefill_t_##name)(const qz_matmul_job *job) { float_prefill_t(job, bits); }     \
+    static void QZ_NAME(float_n_##name)(const qz_matmul_job *job) { float_matmul_n(job, bits); }
+
 #define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias)                            \
     static void QZ_NAME(quantize_metal_##name)(const qz_quantize_job *job) {                               \
         quantize_##mode(job, bits, QZ_PROFILE_METAL);                                                      \
@@ -42,6 +53,7 @@
         quantize_##mode(job, bits, QZ_PROFILE_CPU);                                                        \
     }                                                                                                      \
     static void QZ_NAME(dequantize_##name)(const qz_dequantize_job *job) { dequantize_##mode(job, bits); } \
+    QZ_DEFINE_FLOAT(name, bits)                                                                            \
     QZ_DEFINE_MATMUL_N(name, bits, 1)                                                                      \
     QZ_DEFINE_MATMUL_N(name, bits, 2)                                                                      \
     QZ_DEFINE_MATMUL_N(name, bits, 3)                                                                      \
@@ -56,12 +68,16 @@
     {QZ_NAME(kind##_size_##which), QZ_NAME(kind##_prepare_##which), QZ_NAME(kind##_multiply_##which)}
 #define QZ_KERNELS_BY_DIGITS(kind, which) \
     {QZ_KERNEL(kind, which##_1), QZ_KERNEL(kind, which##_2), QZ_KERNEL(kind, which##_3)}
+#define QZ_FLOAT_KERNELS(name)                                                                      \
+    {QZ_NAME(float_row_size_##name), QZ_NAME(prepare_float_##name), QZ_NAME(float_decode_t_##name), \
+     QZ_NAME(float_prefill_t_##name), QZ_NAME(float_n_##name)}
 #define QZ_SLOT(name, slot)                                                                                  \
     {{[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}, \
      QZ_NAME(dequantize_##name),                                                                             \
      QZ_KERNELS_BY_DIGITS(decode, name##_##slot),                                                            \
      QZ_KERNELS_BY_DIGITS(prefill, name##_##slot),                                                           \
-     QZ_BY_DIGITS(matmul_n_##name)}
+     QZ_BY_DIGITS(matmul_n_##name),                                                                          \
+     QZ_FLOAT_KERNELS(name)}
 #define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias) \
     {QZ_SLOT(name, 0), QZ_SLOT(name, 1), QZ_SLOT(name, 2)},
 static const qz_format_kernels QZ_NAME(format_kernels)[QZ_FORMATS][QZ_GROUP_SLOTS] = {

@@ -94,11 +94,15 @@ static int check_sizes(const call *c, const arguments *a, const plan_object *pla
     return row;
 }
 
-/* The digits of x that count: csrc/kernels/fixed_point.h. */
+/* The digits of x that count (csrc/kernels/fixed_point.h), 0 for plain float32. */
 static int take_digits(const call *c, const arguments *a, const qz_array *x) {
-    static const char *const accumulates[] = {"exact"}, *const activations[] = {"int8"};
-    if (qz_take_word(c, "accumulate", a->accumulate, accumulates, 1) < 0) return -1;
-    if (a->activations != Py_None) return qz_take_word(c, "activations", a->activations, activations, 1) < 0 ? -1 : 1;
+    static const char *const accumulates[] = {"exact", "float"}, *const activations[] = {"int8"};
+    const int in_float = qz_take_word(c, "accumulate", a->accumulate, accumulates, 2);
+    const int in_int8 = a->activations != Py_None;
+    if (in_float < 0 || (in_int8 && qz_take_word(c, "activations", a->activations, activations, 1) < 0)) return -1;
+    if (in_float && in_int8)
+        return qz_raise(PyExc_ValueError, c->op, "activations='int8' needs accumulate='exact', got 'float'");
+    if (in_float || in_int8) return in_float ? 0 : 1;
     return x->type == QZ_F16 || x->type == QZ_BF16 ? 2 : 3;
 }
 

@@ -9,6 +9,7 @@
 #include "bits.h"
 
 #define QZ_LANES 8
+#define QZ_FLOAT_ROWS 6
 
 typedef __m256 v_f32;
 typedef __m256i v_i32;
@@ -289,6 +290,18 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     __asm__("" : "+x"(bytes));
     QZ_UNROLL
     for (int i = 0; i < fold; i++) codes[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, i * bits), mask);
+}
+
+/* The float class of matmul. */
+
+/* One shuffle brings a code's byte to the bottom of its lane, and clears the rest. */
+QZ_INLINE v_f32 f32_of_code(v_i32 words, int index, int bits) {
+    const char at = (char)(index * bits / 8);
+    const __m256i bytes = _mm256_setr_epi8(at, -1, -1, -1, at + 4, -1, -1, -1, at + 8, -1, -1, -1, at + 12, -1, -1, -1,
+                                           at, -1, -1, -1, at + 4, -1, -1, -1, at + 8, -1, -1, -1, at + 12, -1, -1, -1);
+    const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
+    if (bits < 8) words = _mm256_and_si256(_mm256_srli_epi32(words, index * bits % 8), mask);
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(words, bytes));
 }
 
 /* Elementwise operations. */

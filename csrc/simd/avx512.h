@@ -8,6 +8,7 @@
 #include "bits.h"
 
 #define QZ_LANES 16
+#define QZ_FLOAT_ROWS 14
 
 typedef __m512 v_f32;
 typedef __m512i v_i32;
@@ -223,6 +224,17 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
  * addresses than there are registers for them. */
 #define QZ_TILE_M 8
 #define QZ_TILE_VECTORS 2
+
+/* The float class of matmul. */
+
+/* VPERMPS looks at four bits of a lane: no mask is needed, and no conversion. Narrower codes find theirs repeated. */
+QZ_INLINE v_f32 f32_of_code(v_i32 words, int index, int bits) {
+    const __m512i ranks = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i mask = _mm512_set1_epi32((1 << bits) - 1);
+    const __m512i moved = _mm512_srli_epi32(words, (unsigned)(index * bits));
+    if (bits == 8) return _mm512_cvtepi32_ps(_mm512_and_si512(moved, mask));
+    return _mm512_permutexvar_ps(moved, _mm512_cvtepi32_ps(_mm512_and_si512(ranks, mask)));
+}
 
 /* Elementwise operations. */
 

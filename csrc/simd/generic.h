@@ -17,6 +17,7 @@
 #include "bits.h"
 
 #define QZ_LANES 4
+#define QZ_FLOAT_ROWS 4 /* of x in a tile: twice as many vectors of sums leave registers for three more */
 
 typedef float v_f32 __attribute__((vector_size(16)));
 typedef int32_t v_i32 __attribute__((vector_size(16)));
@@ -101,6 +102,22 @@ static inline void store_f16_from_f32(uint16_t *to, v_f32 v) {
 static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
     unpack_bits_by_8(codes, packed, bits, count);
 }
+
+/* The float class of matmul. */
+
+/* Code number `index` of each lane, a word of codes of 2, 4 or 8 bits with the first lowest. Both are constants once
+ * loops are unrolled. */
+QZ_INLINE v_f32 f32_of_code(v_i32 words, int index, int bits) {
+    return f32_from_i32(and_i32(shr_u32(words, index * bits), set1_i32((1 << bits) - 1)));
+}
+
+/* Contracts: simd/dot.h. */
+QZ_INLINE void transpose_f32(v_f32 *rows) {
+    v_f32 columns[QZ_LANES];
+    for (int i = 0; i < QZ_LANES; i++) columns[i] = (v_f32){rows[0][i], rows[1][i], rows[2][i], rows[3][i]};
+    for (int i = 0; i < QZ_LANES; i++) rows[i] = columns[i];
+}
+static inline v_f32 double_lanes(v_f32 v) { return (v_f32){v[0], v[0], v[1], v[1]}; }
 
 /* Elementwise operations. Vectors of QZ_BYTES bytes hold codes on their way between lanes and bit streams. */
 

@@ -9,6 +9,7 @@
 #include "bits.h"
 
 #define QZ_LANES 4
+#define QZ_FLOAT_ROWS 12
 
 typedef float32x4_t v_f32;
 typedef int32x4_t v_i32;
@@ -194,6 +195,13 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
 /* Tiles: four rows of x by four vectors, 16 sums. */
 #define QZ_TILE_M 4
 #define QZ_TILE_VECTORS 4
+
+/* The float class of matmul. */
+
+QZ_INLINE v_f32 f32_of_code(v_i32 words, int index, int bits) {
+    uint32x4_t moved = vshlq_u32(vreinterpretq_u32_s32(words), vdupq_n_s32(-index * bits));
+    return vcvtq_f32_u32(vandq_u32(moved, vdupq_n_u32((1u << bits) - 1)));
+}
 
 /* Elementwise operations. */
 

@@ -161,12 +161,13 @@ def affine_qmm_t(
     scales, biases : array_like of float32, float16, bfloat16 or float64, shape (..., N, K / group_size)
     group_size, bits : int, optional
         Inferred from the shapes if left out, else checked against them.
-    accumulate : {"exact"}
+    accumulate : {"exact", "float"}
         How sums are taken. "exact": x is put into block fixed point (22 bits for float32 x, 15 for float16 and
         bfloat16, relative to the largest magnitude of each block of up to 64), products are summed in integers, without
-        error, and one float32 term per block is added in order.
+        error, and one float32 term per block is added in order. "float": plain float32 sums, whatever x is, with the
+        error and the promises of such (see Notes).
     activations : "int8", optional
-        Lossy: uses 7 bits of x instead, an error up to 2^-7 of each block's largest magnitude.
+        Lossy: uses 7 bits of x instead, an error up to 2^-7 of each block's largest magnitude. Only with "exact".
     out : array, optional
         Where to put the result; exact shape and dtype, any strides but 0, no overlap with an input.
     input_dtype : "bfloat16", optional
@@ -183,18 +184,25 @@ def affine_qmm_t(
     TypeError
         If an array has another dtype, or is not in CPU memory.
     ValueError
-        If shapes, group size and width do not agree.
+        If shapes, group size and width do not agree, or options exclude each other.
 
     Notes
     -----
-    The result is the same bits for every number of threads, instruction set and M: a row of x gives the same alone or
-    in any batch. Weights are used as stored, scale * code + bias, without rounding them first. Rows of x with NaN or
-    infinities are computed by plain float32 sums in those blocks, at the speed of scalar code; a NaN result is always
-    the NaN with bits 0x7fc00000.
+    With accumulate="exact" the result is the same bits for every number of threads, instruction set and M: a row of x
+    gives the same alone or in any batch. Weights are used as stored, scale * code + bias, without rounding them first.
+    Rows of x with NaN or infinities are computed by plain float32 sums in those blocks, at the speed of scalar code; a
+    NaN result is always the NaN with bits 0x7fc00000.
 
     The error of an output is at most the sum over its blocks of 2^-p * max|x| * sum|W|, p = 22 (21 for 5 bits in groups
     of 64 or 128 and 6 bits in groups of 32) or 15, plus about one float32 rounding per block, as long as no scale is
     within a factor 2^31 of overflowing float32.
+
+    With accumulate="float" the result is the same bits for every number of threads on one instruction set, but not
+    across instruction sets or values of M. As long as no sum of |x|*code or |x|*(|scale|*code + |bias|) overflows
+    float32, its error is at most (min(K, 256) + K/14 + 80) * 2^-24 * sum(|x| * (|scale|*code + |bias|)), beside what
+    underflow takes from subnormal products, and usually far less. NaN and infinities in x, scales and biases go where
+    IEEE arithmetic takes them: an output that one has a share in is not finite, though it may be NaN where exact
+    arithmetic has an infinity, as where its code is 0.
 
     Examples
     --------
@@ -235,8 +243,8 @@ def affine_qmm_n(
     group_size, bits : int, optional
         If one is given, or `output_features`, the rest is inferred from the shapes; without any, 64 and 4.
     accumulate, activations, out, input_dtype
-        As in `affine_qmm_t`. Here the products x * scale and x * (bias + c * scale) are formed in float32 and put into
-        block fixed point, over blocks of 64 along K.
+        As in `affine_qmm_t`. Here, with "exact", the products x * scale and x * (bias + c * scale) are formed in
+        float32 and put into block fixed point, over blocks of 64 along K.
 
     Returns
     -------

@@ -1,0 +1,65 @@
+#include "weights.h"
+
+#include <string.h>
+
+#include "rows.h"
+#include "threads.h"
+
+static int batch_is_shared(const qz_array *array) {
+    for (int i = 0; i < array->ndim - 2; i++) {
+        if (array->shape[i] > 1 && array->strides[i] != 0) return 0;
+    }
+    return 1;
+}
+
+int qz_weights_are_shared(const qz_matmul_args *args) {
+    return batch_is_shared(&args->w) && batch_is_shared(&args->scales) && batch_is_shared(&args->biases);
+}
+
+int qz_words_are_apart(const qz_array *w) { return qz_last(w) > 1 && qz_last_stride(w) != 4; }
+
+int qz_is_aligned(const qz_array *array) {
+    uintptr_t places = (uintptr_t)array->data;
+    for (int i = 0; i < array->ndim; i++) places |= (uintptr_t)array->strides[i];
+    return places % sizeof(float) == 0;
+}
+
+typedef struct words_copy {
+    char *to;
+    const char *from;
+    const qz_array *w;
+} words_copy;
+
+static void copy_words(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    const words_copy *j = context;
+    const ptrdiff_t words = qz_last(j->w), stride = qz_last_stride(j->w), row_stride = j->w->strides[j->w->ndim - 2];
+    for (ptrdiff_t r = begin; r < end; r++) {
+        qz_copy_words(j->to + r * words * 4, 4, j->from + r * row_stride, stride, words);
+    }
+}
+
+qz_status qz_point_at_weights(qz_matmul_job *job, const qz_matmul_args *args, ptrdiff_t matrix, char *copy,
+                              const qz_run *run) {
+    const qz_array *w = &args->w, *scales = &args->scales, *biases = &args->biases;
+    const int dims = w->ndim - 2;
+    char *data = qz_element(w, dims, matrix);
+    ptrdiff_t rows = w->shape[dims], words = qz_last(w);
+    job->w = (const uint8_t *)data;
+    job->w_row_stride = w->strides[dims];
+    job->group_size = qz_formats[args->format].group_sizes[args->group_slot];
+    job->scales = (qz_scales){
+        qz_element(scales, dims, matrix),
+        qz_element(biases, dims, matrix),
+        scales->strides[dims],
+        scales->strides[dims + 1],
+        biases->strides[dims],
+        biases->strides[dims + 1],
+        scales->type,
+        biases->type,
+    };
+    if (!copy) return QZ_OK;
+    job->w = (const uint8_t *)copy;
+    job->w_row_stride = words * 4;
+    words_copy copying = {copy, data, w};
+    return qz_parallel(copy_words, &copying, rows, 16384 / (words + 1) + 1, run);
+}

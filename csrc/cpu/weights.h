@@ -1,0 +1,21 @@
+/* The weight matrices of a product, as both classes of matmul hand them to kernels. */
+#ifndef QZ_CPU_WEIGHTS_H
+#define QZ_CPU_WEIGHTS_H
+
+#include "cpu.h"
+
+/* Whether one matrix serves the whole batch. */
+int qz_weights_are_shared(const qz_matmul_args *args);
+
+/* Whether words of a row are not contiguous, so that kernels read a copy. */
+int qz_words_are_apart(const qz_array *w);
+
+/* Whether every float32 of the array stands where C allows a float to stand. */
+int qz_is_aligned(const qz_array *array);
+
+/* Sets the job's weights, scales and group size to those of one matrix of the batch; fills `copy` with its words first,
+ * and points there, if that is not NULL. */
+qz_status qz_point_at_weights(qz_matmul_job *job, const qz_matmul_args *args, ptrdiff_t matrix, char *copy,
+                              const qz_run *run);
+
+#endif
