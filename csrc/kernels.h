@@ -9,8 +9,16 @@
 #include "formats.h"
 
 /* Outputs of one job: QZ_TILE_ROWS where rows of x are few, since each is a chain of dependent additions, and
- * QZ_PREFILL_ROWS where they are many, so that they stay in the caches meanwhile. */
-enum { QZ_TILE_ROWS = 16, QZ_PREFILL_ROWS = 64, QZ_MAX_BLOCK = 64, QZ_MAX_DIGITS = 3, QZ_MAX_GROUP = 128 };
+ * QZ_PREFILL_ROWS where they are many, so that they stay in the caches meanwhile. For _n up to QZ_TILE_COLUMNS, so that
+ * lines of weights are long. */
+enum {
+    QZ_TILE_ROWS = 16,
+    QZ_PREFILL_ROWS = 64,
+    QZ_TILE_COLUMNS = 256,
+    QZ_MAX_BLOCK = 64,
+    QZ_MAX_DIGITS = 3,
+    QZ_MAX_GROUP = 128
+};
 
 /* The float class: outputs of a tile at most, _t and _n, which is also the pitch of y; k of a job at most where weights
  * are decoded first, multiples of every group size. Up to QZ_FLOAT_FEW rows of x, _t multiplies codes as they are. */
@@ -40,7 +48,7 @@ typedef struct qz_matmul_job {
     qz_scales scales; /* of the first packed row */
     ptrdiff_t group_size;
     ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_TILE_ROWS or QZ_PREFILL_ROWS; _n: k, all of them */
-    ptrdiff_t columns;  /* _t: k, all of them; _n: outputs of this tile, at most QZ_MAX_GROUP, one group */
+    ptrdiff_t columns;  /* _t: k, all of them; _n: outputs of this tile, whole groups */
     const char *x;      /* M rows: _t, as prepare_x left them; _n, float32 */
     ptrdiff_t x_stride; /* bytes from row to row */
     ptrdiff_t m;

@@ -90,7 +90,8 @@ static void store_tile(const chunk *c, const qz_matmul_job *job, ptrdiff_t first
 static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
     const chunk *c = context;
     _Alignas(64) float y[MAX_ROWS_T * QZ_PREFILL_ROWS];
-    _Static_assert(QZ_TILE_ROWS <= QZ_PREFILL_ROWS && MAX_ROWS_N * QZ_MAX_GROUP <= MAX_ROWS_T * QZ_PREFILL_ROWS, "y");
+    _Static_assert(QZ_TILE_ROWS <= QZ_PREFILL_ROWS && MAX_ROWS_N * QZ_TILE_COLUMNS <= MAX_ROWS_T * QZ_PREFILL_ROWS,
+                   "y");
     for (ptrdiff_t piece = begin; piece < end; piece++) {
         ptrdiff_t column = piece / c->parts * c->tile, part = piece % c->parts;
         ptrdiff_t first = c->m * part / c->parts, last = c->m * (part + 1) / c->parts;
@@ -113,7 +114,8 @@ static int is_prefill(const chunk *c) { return c->kernel == &c->kernels->prefill
 
 static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     ptrdiff_t threads = run->threads ? run->threads : qz_get_num_threads();
-    c->tile = !c->args->transpose ? c->group_size : is_prefill(c) ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
+    c->tile = !c->args->transpose ? QZ_TILE_COLUMNS : is_prefill(c) ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
+    while (!c->args->transpose && c->tile > c->group_size && c->n / c->tile < 4 * threads) c->tile /= 2;
     c->tiles = (c->n + c->tile - 1) / c->tile;
     c->parts = (4 * threads + c->tiles - 1) / c->tiles;
     if (c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;

@@ -53,18 +53,30 @@ QZ_INLINE void store_each(char *to, ptrdiff_t stride, qz_type type, const float 
     for (ptrdiff_t i = 0; i < count; i++) store_one(to + i * stride, type, from[i]);
 }
 
+/* QZ_LANES halves at `stride`, or a copy of them where they are no neighbours. */
+QZ_INLINE const uint16_t *neighbouring_halves(uint16_t copy[QZ_LANES], const char *from, ptrdiff_t stride) {
+    if (stride == 2) return (const uint16_t *)from;
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i++) memcpy(copy + i, from + i * stride, sizeof *copy);
+    return copy;
+}
+
 /* Not inline: clang would copy this, vectorized for every type, into each of the matmul kernels. */
 static __attribute__((noinline)) void QZ_NAME(load)(float *to, const char *from, ptrdiff_t stride, qz_type type,
                                                     ptrdiff_t count) {
-    const uint16_t *half = (const uint16_t *)from;
+    uint16_t copy[QZ_LANES];
     ptrdiff_t i = 0;
     switch (type) {
     case QZ_F16:
-        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_f16(half + i));
+        for (; i + QZ_LANES <= count; i += QZ_LANES) {
+            store_f32(to + i, f32_from_f16(neighbouring_halves(copy, from + i * stride, stride)));
+        }
         load_each(to + i, from + i * stride, stride, QZ_F16, count - i);
         return;
     case QZ_BF16:
-        for (; stride == 2 && i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, f32_from_bf16(half + i));
+        for (; i + QZ_LANES <= count; i += QZ_LANES) {
+            store_f32(to + i, f32_from_bf16(neighbouring_halves(copy, from + i * stride, stride)));
+        }
         load_each(to + i, from + i * stride, stride, QZ_BF16, count - i);
         return;
     case QZ_F64: load_each(to, from, stride, QZ_F64, count); return;

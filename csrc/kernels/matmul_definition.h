@@ -144,17 +144,19 @@ typedef struct block_n {
     int finite;
 } block_n;
 
-static void definition_block_n(block_n *to, const qz_matmul_job *job, ptrdiff_t m, ptrdiff_t first, ptrdiff_t n,
-                               int bits, int p) {
+static void definition_block_n(block_n *to, const qz_matmul_job *job, ptrdiff_t m, ptrdiff_t group, ptrdiff_t first,
+                               ptrdiff_t n, int bits, int p) {
     const qz_scales *from = &job->scales;
+    const char *scales = from->scales + group * from->scale_group_stride;
+    const char *biases = from->biases + group * from->bias_group_stride;
     const float *x = (const float *)(job->x + m * job->x_stride) + first;
     float t[QZ_MAX_BLOCK], z[QZ_MAX_BLOCK];
     int32_t u[QZ_MAX_BLOCK];
     int e_t, e_z;
     for (ptrdiff_t i = 0; i < n; i++) {
         to->x[i] = x[i];
-        to->s[i] = load_one(from->scales + (first + i) * from->scale_row_stride, from->scale_type);
-        to->b[i] = load_one(from->biases + (first + i) * from->bias_row_stride, from->bias_type);
+        to->s[i] = load_one(scales + (first + i) * from->scale_row_stride, from->scale_type);
+        to->b[i] = load_one(biases + (first + i) * from->bias_row_stride, from->bias_type);
         t[i] = x[i] * to->s[i];
         z[i] = x[i] * (to->b[i] + (float)QZ_CENTRE(bits) * to->s[i]);
     }
@@ -164,22 +166,28 @@ static void definition_block_n(block_n *to, const qz_matmul_job *job, ptrdiff_t 
     to->shift = (float)sum_of(u, n) * power_of_two(e_z);
 }
 
-QZ_INLINE void definition_matmul_n(const qz_matmul_job *job, int bits, int digits) {
+/* One group of outputs for one row of x. */
+QZ_INLINE void definition_group_n(const qz_matmul_job *job, ptrdiff_t m, ptrdiff_t group, int bits, int digits) {
     const int p = fixed_point_bits(bits, QZ_MAX_BLOCK, digits), wide = is_wide(bits, QZ_MAX_BLOCK, digits);
+    for (ptrdiff_t first = 0; first < job->rows; first += QZ_MAX_BLOCK) {
+        ptrdiff_t n = job->rows - first < QZ_MAX_BLOCK ? job->rows - first : QZ_MAX_BLOCK;
+        block_n block;
+        definition_block_n(&block, job, m, group, first, n, bits, p);
+        for (ptrdiff_t column = group * job->group_size; column < (group + 1) * job->group_size; column++) {
+            uint8_t q[QZ_MAX_BLOCK];
+            for (ptrdiff_t i = 0; i < n; i++) q[i] = code_at(job->w + (first + i) * job->w_row_stride, column, bits);
+            job->y[m * job->y_stride + column] += block.finite
+                                                      ? float_dot(q, block.v, n, bits, wide) * block.scale + block.shift
+                                                      : plain_term(block.x, q, n, block.s, block.b, 1);
+        }
+    }
+}
+
+QZ_INLINE void definition_matmul_n(const qz_matmul_job *job, int bits, int digits) {
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     for (ptrdiff_t m = 0; m < job->m; m++) {
-        float *y = job->y + m * job->y_stride;
-        for (ptrdiff_t first = 0; first < job->rows; first += QZ_MAX_BLOCK) {
-            ptrdiff_t n = job->rows - first < QZ_MAX_BLOCK ? job->rows - first : QZ_MAX_BLOCK;
-            block_n block;
-            definition_block_n(&block, job, m, first, n, bits, p);
-            for (ptrdiff_t column = 0; column < job->columns; column++) {
-                uint8_t q[QZ_MAX_BLOCK];
-                for (ptrdiff_t i = 0; i < n; i++)
-                    q[i] = code_at(job->w + (first + i) * job->w_row_stride, column, bits);
-                y[column] += block.finite ? float_dot(q, block.v, n, bits, wide) * block.scale + block.shift
-                                          : plain_term(block.x, q, n, block.s, block.b, 1);
-            }
+        for (ptrdiff_t group = 0; group < job->columns / job->group_size; group++) {
+            definition_group_n(job, m, group, bits, digits);
         }
     }
     make_nan_canonical(job->y, job->m * job->y_stride);

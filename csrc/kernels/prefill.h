@@ -5,35 +5,21 @@
 enum { QZ_PANEL_BLOCKS = 8, QZ_PANEL_K = QZ_PANEL_BLOCKS * QZ_MAX_BLOCK };
 
 typedef struct panel_t {
-    _Alignas(64) code_quads quads[QZ_PANEL_K / 4];
+    _Alignas(64) uint8_t quads[QZ_PANEL_K / 4][4 * QZ_TILE_OUTPUTS];
 #if QZ_PAIRS
-    code_pairs pairs[QZ_PANEL_K / 2];
+    uint8_t pairs[QZ_PANEL_K / 2][4 * QZ_TILE_OUTPUTS];
 #endif
     float scales[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS], centred[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS]; /* centred: b + c s */
-    int32_t excess[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS]; /* of the dots with low pairs: pair_excess times the codes' sum */
+    int32_t excess[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS];                                          /* see store_pairs */
 } panel_t;
 
-/* Centres the codes of a block as pairs. */
+QZ_INLINE tile_codes codes_of_block(const panel_t *panel, int b, int block) {
+    tile_codes codes = {panel->quads[b * block / 4], NULL, sizeof panel->quads[0]};
 #if QZ_PAIRS
-QZ_INLINE void pair_codes(panel_t *panel, int block, int b, int bits, int wide) {
-    const v_i32 twice = set1_i32(pair_excess(wide) * 65537);
-    v_i32 excess[QZ_TILE_VECTORS];
-    QZ_UNROLL
-    for (int v = 0; v < QZ_TILE_VECTORS; v++) excess[v] = set1_i32(0);
-    for (int k = b * block / 4; k < (b + 1) * block / 4; k++) {
-        QZ_UNROLL
-        for (int v = 0; v < QZ_TILE_VECTORS; v++) {
-            v_i32 two[2];
-            pairs_of_quads(two, load_u8(panel->quads[k][v * QZ_LANES]), QZ_CENTRE(bits));
-            store_u8((uint8_t *)panel->pairs[2 * k][v * QZ_LANES], (v_u8)two[0]);
-            store_u8((uint8_t *)panel->pairs[2 * k + 1][v * QZ_LANES], (v_u8)two[1]);
-            if (wide) excess[v] = add_pair(add_pair(excess[v], two[0], twice), two[1], twice);
-        }
-    }
-    QZ_UNROLL
-    for (int v = 0; v < QZ_TILE_VECTORS && wide; v++) store_i32(panel->excess[b] + v * QZ_LANES, excess[v]);
-}
+    codes.pairs = panel->pairs[b * block / 2];
 #endif
+    return codes;
+}
 
 /* Numbers of QZ_LANES weight rows become columns: QZ_PANEL_BLOCKS of them, of `type`, of which `count` are there. */
 QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char *from, const ptrdiff_t rows[QZ_LANES],
@@ -67,7 +53,11 @@ QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul
         for (int i = 0; i < QZ_LANES; i++) {
             codes[i] = f32_of_bits((v_i32)unpack_in_order(w[i] + k * bits / 8, bits, count - k));
         }
-        store_quads(panel->quads + k / 4, first_output, codes);
+        transpose_f32(codes);
+        QZ_UNROLL
+        for (int i = 0; i < QZ_LANES; i++) {
+            store_f32((float *)(panel->quads[k / 4 + i] + 4 * first_output), codes[i]);
+        }
     }
     load_columns(panel->scales, first_output, from->scales, scales, from->scale_group_stride, from->scale_type, blocks,
                  per_group);
@@ -84,7 +74,12 @@ QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t 
     }
     for (int b = 0; b < blocks; b++) {
 #if QZ_PAIRS
-        if (has_pairs(bits, digits)) pair_codes(panel, block, b, bits, is_wide(bits, block, digits));
+        const int wide = is_wide(bits, block, digits);
+        for (int v = 0; v < QZ_TILE_OUTPUTS && has_pairs(bits, digits); v += QZ_LANES) {
+            uint8_t *pairs = panel->pairs[b * block / 2] + 4 * v;
+            const uint8_t *quads = panel->quads[b * block / 4] + 4 * v;
+            store_i32(panel->excess[b] + v, store_pairs(pairs, quads, sizeof panel->quads[0], block, bits, wide));
+        }
 #else
         (void)digits;
 #endif
@@ -128,11 +123,7 @@ QZ_INLINE void multiply_panel_t(float *y, ptrdiff_t pitch, const panel_t *panel,
     }
     for (int b = 0; b < blocks; b++) {
         tile_sums low, high;
-        const code_pairs *pairs = NULL;
-#if QZ_PAIRS
-        pairs = panel->pairs + b * block / 2;
-#endif
-        sum_tile(low, high, pairs, panel->quads + b * block / 4, strips, (first + b) * block * bytes, QZ_TILE_M, bits,
+        sum_tile(low, high, codes_of_block(panel, b, block), strips, (first + b) * block * bytes, QZ_TILE_M, bits,
                  block, digits, wide);
         for (ptrdiff_t r = 0; r < rows; r++) {
             add_tile_terms(y + r * pitch, low[r], high[r], panel, b, &x[r], first + b, bits, digits, wide);

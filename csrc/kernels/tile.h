@@ -27,9 +27,12 @@ typedef v_i32 tile_sums[QZ_TILE_M][QZ_TILE_VECTORS];
 /* What a block of codes, and of x, is held as: pairs of int16, quads of bytes, or both. */
 QZ_INLINE int has_pairs(int bits, int digits) { return QZ_PAIRS && (digits > 1 || bits == 8); }
 
-/* Codes of QZ_TILE_OUTPUTS outputs: of k = 2 i, 2 i + 1 and of k = 4 i ... 4 i + 3 for each output. */
-typedef int16_t code_pairs[QZ_TILE_OUTPUTS][2];
-typedef uint8_t code_quads[QZ_TILE_OUTPUTS][4];
+/* Codes of a tile: quads of k = 4 i ... 4 i + 3 and pairs of k = 2 i, 2 i + 1, four bytes for each output side by side,
+ * i by i `pitch` bytes apart. */
+typedef struct tile_codes {
+    const uint8_t *quads, *pairs;
+    ptrdiff_t pitch;
+} tile_codes;
 
 /* Bytes for one element of x in a strip: the form of a row that tiles read, block after block, of each first the pairs
  * and then the quads, or digit after digit. */
@@ -71,8 +74,8 @@ QZ_INLINE void set_strip_offsets(int32_t *offset, int32_t *offset_high, int32_t 
 }
 
 /* Adds the dots of a block with one digit, of at most `most` in magnitude. x[r] points at the digits of the block. */
-QZ_INLINE void add_quads(tile_sums sums, const code_quads *codes, const int8_t *const *x, ptrdiff_t at, int rows,
-                         int quads, int bits, int most) {
+QZ_INLINE void add_quads(tile_sums sums, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows, int quads,
+                         int bits, int most) {
     (void)most; /* where all fit */
     const int fit = QZ_QUADS_TOGETHER(bits, most), together = fit < quads ? fit : quads;
     for (int begin = 0; begin < quads; begin += together) {
@@ -86,7 +89,8 @@ QZ_INLINE void add_quads(tile_sums sums, const code_quads *codes, const int8_t *
         for (int k = begin; k < begin + together; k++) {
             v_u8 code[QZ_TILE_VECTORS];
             QZ_UNROLL
-            for (int v = 0; v < QZ_TILE_VECTORS; v++) code[v] = load_u8(codes[k][v * QZ_LANES]);
+            for (int v = 0; v < QZ_TILE_VECTORS; v++)
+                code[v] = load_u8(codes.quads + k * codes.pitch + v * QZ_VECTOR_BYTES);
             QZ_UNROLL
             for (int r = 0; r < rows; r++) {
                 const v_u8 digit = broadcast_four(x[r] + at + 4 * k);
@@ -103,8 +107,7 @@ QZ_INLINE void add_quads(tile_sums sums, const code_quads *codes, const int8_t *
 }
 
 #if QZ_PAIRS
-QZ_INLINE void add_pairs(tile_sums sums, const code_pairs *codes, const int8_t *const *x, ptrdiff_t at, int rows,
-                         int pairs) {
+QZ_INLINE void add_pairs(tile_sums sums, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows, int pairs) {
     v_i32 sum[QZ_TILE_M][QZ_TILE_VECTORS];
     QZ_UNROLL
     for (int r = 0; r < rows; r++) {
@@ -115,7 +118,8 @@ QZ_INLINE void add_pairs(tile_sums sums, const code_pairs *codes, const int8_t *
     for (int k = 0; k < pairs; k++) {
         v_i32 code[QZ_TILE_VECTORS];
         QZ_UNROLL
-        for (int v = 0; v < QZ_TILE_VECTORS; v++) code[v] = (v_i32)load_u8(codes[k][v * QZ_LANES]);
+        for (int v = 0; v < QZ_TILE_VECTORS; v++)
+            code[v] = (v_i32)load_u8(codes.pairs + k * codes.pitch + v * QZ_VECTOR_BYTES);
         QZ_UNROLL
         for (int r = 0; r < rows; r++) {
             const v_u8 low = broadcast_four(x[r] + at + 4 * k);
@@ -140,8 +144,8 @@ QZ_INLINE void shift_sums(tile_sums sums, int rows, int by) {
 }
 
 /* The dots of one block: in low all of it, or in wide formats the two low digits, in high the top one. */
-QZ_INLINE void sum_tile(tile_sums low, tile_sums high, const code_pairs *pairs, const code_quads *quads,
-                        const int8_t *const *x, ptrdiff_t at, int rows, int bits, int block, int digits, int wide) {
+QZ_INLINE void sum_tile(tile_sums low, tile_sums high, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows,
+                        int bits, int block, int digits, int wide) {
     QZ_UNROLL
     for (int r = 0; r < rows; r++) {
         QZ_UNROLL
@@ -150,23 +154,32 @@ QZ_INLINE void sum_tile(tile_sums low, tile_sums high, const code_pairs *pairs, 
 #if QZ_PAIRS
     if (has_pairs(bits, digits)) {
         /* |v| < 2^22, so that the top digit is at most 64. */
-        if (digits == 3) add_quads(wide ? high : low, quads, x, at + 2 * block, rows, block / 4, bits, 64);
+        if (digits == 3) add_quads(wide ? high : low, codes, x, at + 2 * block, rows, block / 4, bits, 64);
         if (digits == 3 && !wide) shift_sums(low, rows, 16);
-        add_pairs(low, pairs, x, at, rows, block / 2);
+        add_pairs(low, codes, x, at, rows, block / 2);
         return;
     }
 #endif
-    (void)pairs;
-    if (wide) add_quads(high, quads, x, at + 2 * block, rows, block / 4, bits, 64);
+    if (wide) add_quads(high, codes, x, at + 2 * block, rows, block / 4, bits, 64);
     for (int d = wide ? 1 : digits - 1; d >= 0; d--) {
-        add_quads(low, quads, x, at + d * block, rows, block / 4, bits, 128);
+        add_quads(low, codes, x, at + d * block, rows, block / 4, bits, 128);
         if (d > 0) shift_sums(low, rows, 8);
     }
 }
 
-/* QZ_LANES vectors of codes, one for each output, become the quads of these outputs at to[...][first]. */
-QZ_INLINE void store_quads(code_quads *to, int first, v_f32 codes[QZ_LANES]) {
-    transpose_f32(codes);
-    QZ_UNROLL
-    for (int i = 0; i < QZ_LANES; i++) store_f32((float *)to[i][first], codes[i]);
+#if QZ_PAIRS
+/* Makes the pairs, centred, of one vector of outputs from their quads. Returns by what the dots with low pairs exceed
+ * those with low digits: pair_excess times the sum of the codes. */
+QZ_INLINE v_i32 store_pairs(uint8_t *pairs, const uint8_t *quads, ptrdiff_t pitch, int block, int bits, int wide) {
+    const v_u8 twice = u8_of_i32(set1_i32(pair_excess(wide) * 65537));
+    v_i32 excess = set1_i32(0);
+    for (int k = 0; k < block / 4; k++) {
+        v_i32 two[2];
+        pairs_of_quads(two, load_u8(quads + k * pitch), QZ_CENTRE(bits));
+        store_u8(pairs + 2 * k * pitch, (v_u8)two[0]);
+        store_u8(pairs + (2 * k + 1) * pitch, (v_u8)two[1]);
+        if (wide) excess = add_pair(add_pair(excess, two[0], twice), two[1], twice);
+    }
+    return excess;
 }
+#endif

@@ -10,6 +10,7 @@
 #include "matmul.h"
 #include "tile.h"
 #include "prefill.h"
+#include "matmul_n.h"
 #include "matmul_float.h"
 #include "probe.h"
 #include "quantize.h"

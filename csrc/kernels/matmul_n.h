@@ -1,0 +1,176 @@
+/* y = x W: weights [K, N], groups along N. What a result is, bit for bit, is said by matmul_definition.h. Lanes are
+ * outputs; x takes each weight row's scale, so that every group of outputs has its own digits of x. */
+
+/* The codes of a block of k for one group of outputs, and the group's scales. Unpacking writes whole vectors. */
+enum { QZ_PITCH_N = 4 * QZ_MAX_GROUP };
+typedef struct panel_n {
+    _Alignas(64) uint8_t quads[QZ_MAX_BLOCK / 4][QZ_PITCH_N];
+#if QZ_PAIRS
+    uint8_t pairs[QZ_MAX_BLOCK / 2][QZ_PITCH_N];
+#endif
+    int32_t excess[QZ_MAX_GROUP];                                            /* see store_pairs */
+    float scales[QZ_MAX_BLOCK], biases[QZ_MAX_BLOCK], centred[QZ_MAX_BLOCK]; /* centred: b + c s */
+} panel_n;
+
+QZ_INLINE void load_scales_n(panel_n *panel, const qz_scales *from, ptrdiff_t group, ptrdiff_t first, ptrdiff_t count,
+                             int bits) {
+    const ptrdiff_t s = group * from->scale_group_stride, b = group * from->bias_group_stride;
+    if (count < QZ_MAX_BLOCK) {
+        memset(panel->scales, 0, sizeof panel->scales);
+        memset(panel->biases, 0, sizeof panel->biases);
+    }
+    QZ_NAME(load)(panel->scales, from->scales + first * from->scale_row_stride + s, from->scale_row_stride,
+                  from->scale_type, count);
+    QZ_NAME(load)(panel->biases, from->biases + first * from->bias_row_stride + b, from->bias_row_stride,
+                  from->bias_type, count);
+    for (int i = 0; i < QZ_MAX_BLOCK; i++) {
+        panel->centred[i] = panel->biases[i] + (float)QZ_CENTRE(bits) * panel->scales[i];
+    }
+}
+
+/* The codes of a group that begin at w, of `count` weight rows; the last stands in for those beyond, where x is 0. */
+QZ_INLINE void load_codes_n(panel_n *panel, const uint8_t *w, ptrdiff_t w_row_stride, ptrdiff_t count,
+                            ptrdiff_t outputs, int bits, int digits) {
+    for (ptrdiff_t k = 0; k < QZ_MAX_BLOCK; k += 4) {
+        for (ptrdiff_t n = 0; n < outputs; n += QZ_VECTOR_BYTES) {
+            v_u8 lines[4];
+            QZ_UNROLL
+            for (int i = 0; i < 4; i++) {
+                const ptrdiff_t line = k + i < count ? k + i : count - 1;
+                lines[i] = unpack_in_order(w + line * w_row_stride + n * bits / 8, bits, outputs - n);
+            }
+            store_interleaved_4(panel->quads[k / 4] + 4 * n, lines[0], lines[1], lines[2], lines[3]);
+        }
+    }
+#if QZ_PAIRS
+    for (ptrdiff_t n = 0; n < outputs && has_pairs(bits, digits); n += QZ_LANES) {
+        v_i32 excess = store_pairs(panel->pairs[0] + 4 * n, panel->quads[0] + 4 * n, QZ_PITCH_N, QZ_MAX_BLOCK, bits,
+                                   is_wide(bits, QZ_MAX_BLOCK, digits));
+        store_i32(panel->excess + n, excess);
+    }
+#else
+    (void)digits;
+#endif
+}
+
+/* A row of x against a panel: t = x s and z = x (b + c s), each put into block fixed point. */
+typedef struct row_n {
+    int8_t strip[QZ_MAX_DIGITS * QZ_MAX_BLOCK];
+    float scale, shift; /* 2^e of t; the sum of z */
+    int32_t offset, offset_high;
+    int is_finite;
+} row_n;
+
+QZ_INLINE void prepare_row_n(row_n *row, const float *from, ptrdiff_t count, const panel_n *panel, int bits,
+                             int digits) {
+    const int p = fixed_point_bits(bits, QZ_MAX_BLOCK, digits), wide = is_wide(bits, QZ_MAX_BLOCK, digits);
+    float x[QZ_MAX_BLOCK] = {0}, t[QZ_MAX_BLOCK], z[QZ_MAX_BLOCK], z_scale;
+    int32_t v[QZ_MAX_BLOCK], u[QZ_MAX_BLOCK], high, sum_u = 0;
+    memcpy(x, from, (size_t)count * sizeof *x);
+    for (int i = 0; i < QZ_MAX_BLOCK; i += QZ_LANES) {
+        v_f32 value = load_f32(x + i);
+        store_f32(t + i, mul_f32(value, load_f32(panel->scales + i)));
+        store_f32(z + i, mul_f32(value, load_f32(panel->centred + i)));
+    }
+    row->is_finite = fixed_point(v, t, QZ_MAX_BLOCK, p, &row->scale) && fixed_point(u, z, QZ_MAX_BLOCK, 22, &z_scale);
+    if (!row->is_finite) return;
+    int32_t sum = store_strip(row->strip, v, QZ_MAX_BLOCK, bits, digits, wide, &high);
+    set_strip_offsets(&row->offset, &row->offset_high, sum, high, bits, digits, wide);
+    for (int i = 0; i < QZ_MAX_BLOCK; i++) sum_u += u[i];
+    row->shift = (float)sum_u * z_scale;
+}
+
+/* y = y + Gf * 2^e + Z for the outputs of a tile, which begin at `column` of the panel. */
+QZ_INLINE void add_terms_n(float *y, const v_i32 *low, const v_i32 *high, const panel_n *panel, ptrdiff_t column,
+                           const row_n *row, int bits, int digits, int wide) {
+    QZ_UNROLL
+    for (int v = 0; v < QZ_TILE_VECTORS; v++) {
+        float *to = y + v * QZ_LANES;
+        v_i32 sum = sub_i32(low[v], set1_i32(row->offset));
+        if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess + column + v * QZ_LANES));
+        v_f32 dot = f32_from_i32(sum);
+        if (wide) {
+            v_f32 top = f32_from_i32(sub_i32(high[v], set1_i32(row->offset_high)));
+            dot = add_f32(mul_f32(top, set1_f32(65536.0f)), dot);
+        }
+        v_f32 term = add_f32(mul_f32(dot, set1_f32(row->scale)), set1_f32(row->shift));
+        store_f32(to, add_f32(load_f32(to), term));
+    }
+}
+
+/* A block in which x s or x (b + c s) is not finite: the plain sum, in order. */
+static void add_terms_n_not_finite(float *y, const float *x, const panel_n *panel, ptrdiff_t columns, ptrdiff_t count) {
+    for (ptrdiff_t n = 0; n < columns; n++) {
+        float term = 0.0f;
+        for (ptrdiff_t k = 0; k < count; k++) {
+            float weight = panel->scales[k] * (float)panel->quads[k / 4][4 * n + k % 4] + panel->biases[k];
+            term += x[k] * weight;
+        }
+        y[n] += term;
+    }
+}
+
+/* `rows` rows of x, of which the first `count` count, against all outputs of a panel. */
+QZ_INLINE void multiply_panel_n(float *y, ptrdiff_t pitch, const panel_n *panel, ptrdiff_t outputs, const row_n *x,
+                                ptrdiff_t count, int rows, int bits, int digits) {
+    const int wide = is_wide(bits, QZ_MAX_BLOCK, digits);
+    const int8_t *strips[QZ_TILE_M];
+    for (ptrdiff_t r = 0; r < rows; r++) strips[r] = x[r < count ? r : count - 1].strip;
+    for (ptrdiff_t n = 0; n < outputs; n += QZ_TILE_OUTPUTS) {
+        tile_sums low, high;
+        tile_codes codes = {panel->quads[0] + 4 * n, NULL, QZ_PITCH_N};
+#if QZ_PAIRS
+        codes.pairs = panel->pairs[0] + 4 * n;
+#endif
+        sum_tile(low, high, codes, strips, 0, rows, bits, QZ_MAX_BLOCK, digits, wide);
+        for (ptrdiff_t r = 0; r < count; r++) {
+            if (x[r].is_finite) add_terms_n(y + r * pitch + n, low[r], high[r], panel, n, &x[r], bits, digits, wide);
+        }
+    }
+}
+
+/* One block of k of the job's weights [first, first + count), for one group of outputs, from `column` on. */
+QZ_INLINE void multiply_block_n(panel_n *panel, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t count,
+                                ptrdiff_t column, int bits, int digits) {
+    const ptrdiff_t outputs = job->group_size;
+    load_scales_n(panel, &job->scales, column / job->group_size, first, count, bits);
+    load_codes_n(panel, job->w + first * job->w_row_stride + column * bits / 8, job->w_row_stride, count, outputs, bits,
+                 digits);
+    for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
+        const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
+        float *y = job->y + m * job->y_stride + column;
+        row_n x[QZ_TILE_M];
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            const float *from = (const float *)(job->x + (m + r) * job->x_stride) + first;
+            prepare_row_n(&x[r], from, count, panel, bits, digits);
+            if (!x[r].is_finite) add_terms_n_not_finite(y + r * job->y_stride, from, panel, outputs, count);
+        }
+        if (rows == 1) {
+            multiply_panel_n(y, job->y_stride, panel, outputs, x, rows, 1, bits, digits);
+        } else {
+            multiply_panel_n(y, job->y_stride, panel, outputs, x, rows, QZ_TILE_M, bits, digits);
+        }
+    }
+}
+
+/* Lines of weights are far apart, so that hardware does not foresee them. */
+QZ_INLINE void prefetch_lines(const qz_matmul_job *job, ptrdiff_t first, int bits) {
+    const ptrdiff_t last = first + QZ_MAX_BLOCK < job->rows ? first + QZ_MAX_BLOCK : job->rows;
+    for (ptrdiff_t k = first; k < last; k++) {
+        const uint8_t *line = job->w + k * job->w_row_stride;
+        for (ptrdiff_t i = 0; i < job->columns * bits / 8; i += 64) prefetch(line + i);
+    }
+}
+
+QZ_INLINE void matmul_n(const qz_matmul_job *job, int bits, int digits) {
+    panel_n panel;
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
+    for (ptrdiff_t first = 0; first < job->rows; first += QZ_MAX_BLOCK) {
+        const ptrdiff_t count = job->rows - first < QZ_MAX_BLOCK ? job->rows - first : QZ_MAX_BLOCK;
+        prefetch_lines(job, first + QZ_MAX_BLOCK, bits);
+        for (ptrdiff_t column = 0; column < job->columns; column += job->group_size) {
+            multiply_block_n(&panel, job, first, count, column, bits, digits);
+        }
+    }
+    make_nan_canonical(job->y, job->m * job->y_stride);
+}
