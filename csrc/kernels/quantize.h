@@ -81,7 +81,7 @@ QZ_INLINE void measure_groups(v_f32 *lo, v_f32 *hi, const float *w, ptrdiff_t gr
         const float *from = w + (g < groups ? g * size : 0);
         los[g] = set1_f32(INFINITY);
         his[g] = set1_f32(-INFINITY);
-        QZ_UNROLL
+        QZ_UNROLL_BY_4
         for (ptrdiff_t i = 0; i < size; i += QZ_LANES) {
             v_f32 v = load_f32(from + i);
             los[g] = min_f32(v, los[g]); /* NaN in v leaves the second operand */
