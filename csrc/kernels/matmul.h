@@ -58,6 +58,7 @@ QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, cons
     QZ_UNROLL
     for (int i = 0; i < steps; i++) {
         dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);
+        QZ_HOLD(low[i]);
     }
     sums[0] = sum_blocks(low, steps);
     if (is_wide(bits, block, count)) sums[1] = sum_blocks(high, steps);
@@ -98,15 +99,16 @@ QZ_INLINE void unpack_chunk(uint8_t *codes, const uint8_t *packed, int bits, int
     }
 }
 
-/* The terms of one chunk of a weight row, for all rows of x: a chunk is unpacked once. */
+/* The terms of one chunk of a weight row, for all rows of x: a chunk is unpacked once. single: there is one row. */
 QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, const row_t *row,
-                           const qz_type types[2], ptrdiff_t first, int bits, int block, int per_group, int digits) {
+                           const qz_type types[2], ptrdiff_t first, int single, int bits, int block, int per_group,
+                           int digits) {
     const int wide = is_wide(bits, block, digits);
     const v_f32 s = load_block_scales(row->scales, types[0], per_group);
     const v_f32 b = load_block_scales(row->biases, types[1], per_group);
     const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
     v_i32 sums[2];
-    if (job->m == 1) {
+    if (single) {
         planes x = planes_at(job->x, job->columns, block, digits);
         dot_chunk(sums, row->w, 1, x.digits + first * block * digits, bits, block, digits);
         store_f32(terms, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
@@ -148,7 +150,7 @@ QZ_INLINE void prefetch_chunk(const row_t *row, int bits, int block) {
 enum { QZ_DECODE_ROWS = 16, QZ_TERMS = QZ_DECODE_ROWS * QZ_LANES * QZ_TILE_ROWS };
 
 QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
-                           int bits, int block, int per_group, int digits) {
+                           int single, int bits, int block, int per_group, int digits) {
     const qz_scales *from = &job->scales;
     const int neighbours = are_neighbours(from->scale_group_stride, from->scale_type) &&
                            are_neighbours(from->bias_group_stride, from->bias_type);
@@ -167,7 +169,7 @@ QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *j
                 copy_scales(numbers, &row, from, group_of(QZ_LANES, per_group));
                 types[0] = types[1] = QZ_F32;
             }
-            chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, bits, block,
+            chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, single, bits, block,
                         per_group, digits);
         }
     }
@@ -264,7 +266,12 @@ QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int di
     if (job->rows < QZ_TILE_ROWS && blocks > 0) memset(terms, 0, sizeof terms);
     for (ptrdiff_t begin = 0; begin < blocks; begin += pitch) {
         ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
-        panel_terms(terms, pitch, job, begin, end, bits, block, per_group, digits);
+        /* Two calls, since compilers would do what both share before they ask which, and keep the codes in memory. */
+        if (job->m == 1) {
+            panel_terms(terms, pitch, job, begin, end, 1, bits, block, per_group, digits);
+        } else {
+            panel_terms(terms, pitch, job, begin, end, 0, bits, block, per_group, digits);
+        }
         for (ptrdiff_t m = 0; m < job->m; m++) {
             add_terms_in_order(job->y + m * job->y_stride, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);
         }

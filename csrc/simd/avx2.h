@@ -15,6 +15,7 @@ typedef __m256 v_f32;
 typedef __m256i v_i32;
 typedef __m256i v_u8;
 
+#define QZ_HOLD(v) __asm__ volatile("" : "+x"(v))
 #include "dot.h"
 
 static inline v_f32 load_f32(const float *from) { return _mm256_loadu_ps(from); }
@@ -286,8 +287,7 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
         return;
     }
     v_u8 bytes = load_u8(packed);
-    /* Without this, compilers load the bytes anew for each shift. */
-    __asm__("" : "+x"(bytes));
+    QZ_HOLD(bytes); /* else compilers load the bytes anew for each shift */
     QZ_UNROLL
     for (int i = 0; i < fold; i++) codes[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, i * bits), mask);
 }

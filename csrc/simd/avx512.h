@@ -14,6 +14,9 @@ typedef __m512 v_f32;
 typedef __m512i v_i32;
 typedef __m512i v_u8;
 
+#ifndef QZ_EMULATE_AVX512
+#define QZ_HOLD(v) __asm__ volatile("" : "+v"(v))
+#endif
 #include "dot.h"
 
 static inline v_f32 load_f32(const float *from) { return _mm512_loadu_ps(from); }
@@ -202,10 +205,7 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
         return;
     }
     v_u8 bytes = load_u8(packed);
-#ifndef QZ_EMULATE_AVX512
-    /* Without this, compilers load the bytes anew for each shift. */
-    __asm__("" : "+v"(bytes));
-#endif
+    QZ_HOLD(bytes); /* else compilers load the bytes anew for each shift */
     QZ_UNROLL
     for (int i = 0; i < fold; i++) {
         codes[i] = _mm512_and_si512(_mm512_srli_epi32(bytes, (unsigned)(i * bits)), mask);

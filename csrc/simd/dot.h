@@ -9,6 +9,12 @@
 
 #include "../arch.h"
 
+/* Keeps a value in a register, and what is computed before it apart from what comes after: compilers otherwise do alike
+ * steps of a long unrolled sequence side by side, and run out of registers. */
+#ifndef QZ_HOLD
+#define QZ_HOLD(v) (void)(v)
+#endif
+
 /* Whole codes in a byte, where codes do not straddle bytes and are narrower than one. */
 #define QZ_FOLD(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 1)
 

@@ -15,6 +15,7 @@ typedef float32x4_t v_f32;
 typedef int32x4_t v_i32;
 typedef uint8x16_t v_u8;
 
+#define QZ_HOLD(v) __asm__ volatile("" : "+w"(v))
 #include "dot.h"
 
 static inline v_f32 load_f32(const float *from) { return vld1q_f32(from); }
