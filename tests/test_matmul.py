@@ -1001,6 +1001,11 @@ def test_short_campaign(capsys):
     assert capsys.readouterr().out.rstrip().endswith("identical")
 
 
+def test_short_campaign_of_long_rows(capsys):
+    campaign("long_rows").main(["--length=4096", "--format=affine_3", "--format=affine_8"])
+    assert capsys.readouterr().out.rstrip().endswith("identical, all within the bound")
+
+
 # Of the results of campaigns/same_bits_grid.py --quick: the same on every machine. They change with the definition of a
 # result, which the changelog must tell, and with the script's inputs.
 DIGESTS = {
