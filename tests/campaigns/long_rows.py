@@ -4,7 +4,7 @@
 
 Every format, both layouts and every type of x: with outliers of 1e5, and with codes and x at their limits all along.
 The largest error is printed for each as a part of its bound and of sum |w x|; a difference, or an error beyond the
-bound, is printed with what it was and the exit status is 1. Takes some minutes and 3 GB of memory.
+bound, is printed with what it was and the exit status is 1. Takes about a quarter of an hour.
 """
 
 import argparse
