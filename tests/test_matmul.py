@@ -271,6 +271,43 @@ def test_long_rows_of_extreme_codes(isa, mode, bits, group_size, rng):
         assert_same_bytes(q.affine_qmm_t(x, words, scales, biases), expected)
 
 
+def at_the_limits(kind, p):
+    """Values that fill their digits: the largest v, and where digits below the top are all -128 or all 127."""
+    if p < 16:  # as in extreme_digits; where x has few bits the digits end in zeros
+        return {"float16": (32624, 32384), "bfloat16": (32512, 32384)}.get(kind, (127,))
+    top = 2 ** (p - 16) - 1
+    return 2**p - 1, 65536 * top + 32639, 65536 * top - 32896
+
+
+@functools.cache
+def product_at_the_limits(layout, kind, bits, group_size):
+    """Every row of x is one value, or one value and zeros, and every output's codes are all 0 or all at the top.
+
+    So all products of a sum have the same sign, and no sum over part of a block can be larger.
+    """
+    n = min(group_size, 64) if layout == "t" else 64
+    values = at_the_limits(kind, ref.number_format(n, bits, DIGITS[kind])[0])
+    outputs, inputs = (5, 5 * group_size) if layout == "t" else (group_size, 130)
+    signed = np.array([sign * value for value in values for sign in (1.0, -1.0)] + [0.0])
+    x = np.repeat(np.resize(signed, (9, 1)), inputs, axis=1)
+    x[:, n : 2 * n : 2] = 0
+    codes = np.where(np.arange(outputs) % 2, 2**bits - 1, 0).astype(np.uint8)[:, None]
+    codes = np.repeat(codes, inputs, axis=1) if layout == "t" else np.repeat(codes.T, inputs, axis=0)
+    scales = np.ones((codes.shape[0], codes.shape[1] // group_size), F32)
+    return Product(layout, x, codes, scales, -scales * 2 ** (bits - 1), group_size, bits, kind)
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_integers_at_their_limits(isa, layout, mode, bits, group_size):
+    """Sums of int16 and int32 inside the kernels are at their largest, with many rows of x and with few."""
+    for kind in ("float32", "int8") if SMALL else KINDS:
+        product = product_at_the_limits(layout, kind, bits, group_size)
+        product.check()
+        for m in range(0, 9, 2):
+            assert_same_bytes(product.results(x=product.x[m : m + 2])[0], product.expected[m : m + 2])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_two_digits_hold_32639(isa, bits, rng):
     """x*s between 32639.5 and 32640 steps would need a digit of 128: the next exponent is taken.
@@ -309,6 +346,34 @@ def test_non_finite_x_changes_its_rows_only(isa, layout, kind, mode, bits, group
         assert_same_bytes(y[row], clean[row])
     for row in (2, 6) if SMALL else range(9):
         assert_same_bytes(product.results(x=product.x[row])[0], y[row])
+
+
+def by_definition(product, **changes):
+    """The result of the scalar definition, on one thread."""
+    with q.isa("generic"), q.threads(1):
+        return product.results(**changes)[0]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 32), (4, 64), (6, 64), (8, 128)])
+@pytest.mark.parametrize("m", [1, 9, 130])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_non_finite_among_many_rows(isa, layout, m, bits, group_size, rng):
+    """Every seventh row of x, or a scale and a bias; rows without are as they were, on any number of threads."""
+    for kind in ("float32",) if SMALL else ("float32", "bfloat16"):
+        clean = small_product(rng, layout, kind, group_size, bits, m=m, n=18, k=70)
+        x, codes, scales, biases = (a.copy() for a in clean.wide)
+        x[::7, rng.integers(x.shape[1])] = rng.choice([NAN, INF, -INF])
+        dirty_x = Product(layout, x, codes, scales, biases, group_size, bits, kind)
+        scales[-1, -1], biases[0, 0] = INF, NAN
+        dirty_scales = Product(layout, clean.wide[0], codes, scales, biases, group_size, bits, kind)
+        expected, expected_of_scales = by_definition(dirty_x), by_definition(dirty_scales)
+        finite_rows = np.arange(m) % 7 != 0
+        for threads in (1, 3):
+            with q.threads(threads):
+                y = dirty_x.results()[0]
+                assert_same_bytes(y, expected)
+                assert_same_bytes(y[finite_rows], clean.results()[0][finite_rows])
+                assert_same_bytes(dirty_scales.results()[0], expected_of_scales)
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), FORMATS)
@@ -764,35 +829,51 @@ def test_nothing_is_written_outside_of_out(isa, layout, mode, bits, group_size, 
             assert_same_bytes(place, arrays[name])
 
 
-class PageEnd:
-    """Memory before a page that may not be touched."""
+class Page:
+    """Memory between two pages that may not be touched."""
 
     def __init__(self, size):
         pages = -(-size // mmap.PAGESIZE)
-        self.memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-        self.bytes = np.frombuffer(self.memory, np.uint8)[: pages * mmap.PAGESIZE]
+        self.memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+        everything = np.frombuffer(self.memory, np.uint8)
+        self.bytes = everything[mmap.PAGESIZE : -mmap.PAGESIZE]
         libc = ctypes.CDLL(None, use_errno=True)
-        address = ctypes.c_void_p(self.bytes.ctypes.data + self.bytes.size)
-        assert libc.mprotect(address, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        for address in (everything.ctypes.data, self.bytes.ctypes.data + self.bytes.size):
+            assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
 
-    def put(self, array):
-        """Copy an array there, its last byte being the last before the border."""
-        place = self.bytes[self.bytes.size - array.nbytes :].view(array.dtype).reshape(array.shape)
+    def put(self, array, at_end):
+        """Copy an array there: its last byte is the last before the border, or its first at an odd address after."""
+        first = self.bytes.size - array.nbytes if at_end else 1
+        place = self.bytes[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
         place[...] = array
         return place
 
 
+# N and groups of layout t, groups and K of layout n. 17 groups are some whole chunks of blocks and a part of one, on
+# every instruction set; with 1 row of weights or of x there is none that could stand in for others.
+SIZES_BETWEEN_PAGES = {"t": ((7, 3), (17, 17), (1, 1)), "n": ((3, 67), (1, 64), (5, 1))}
+
+
 @pytest.mark.parametrize(("mode", "bits", "group_size"), FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_is_read_beyond_the_inputs(isa, layout, mode, bits, group_size, rng):
-    """Reading or writing one byte too many ends the process."""
-    for kind in ("float32", "bfloat16"):
-        product = small_product(rng, layout, kind, group_size, bits, m=3, n=7, k=67)
-        arrays = {"x": product.x, "w": product.words, "scales": product.scales, "biases": product.biases}
-        arrays["out"] = np.zeros_like(product.expected)
-        ends = {name: PageEnd(array.nbytes) for name, array in arrays.items()}
-        for y in product.results(**{name: ends[name].put(array) for name, array in arrays.items()}):
-            assert_same_bytes(y, product.expected)
+def test_nothing_is_touched_beyond_the_arrays(isa, layout, mode, bits, group_size, rng):
+    """Reading or writing one byte too many ends the process. Every form of the kernels, words at odd addresses, too."""
+    pages = {name: Page(1 << 17) for name in ("x", "w", "scales", "biases", "out")}
+    kinds = ("float32",) if SMALL else ("float32", "float16", "bfloat16")
+    for (one, other), kind in itertools.product(SIZES_BETWEEN_PAGES[layout], kinds):
+        outputs, inputs = (one, other * group_size) if layout == "t" else (one * group_size, other)
+        rows, columns = (outputs, inputs) if layout == "t" else (inputs, outputs)
+        weights = random_weights(rng, rows, columns, group_size, bits, symmetric=False)
+        product = Product(layout, rng.standard_normal((9, inputs)), *weights, group_size, bits, kind)
+        stored = {"w": product.words, "scales": product.scales, "biases": product.biases}
+        expected = by_definition(product)
+        for m, at_end in itertools.product((1, 2, 9), (True, False)):
+            arrays = {"x": product.x[:m], **stored, "out": expected[:m]}
+            placed = {name: pages[name].put(array, at_end) for name, array in arrays.items()}
+            placed["out"][...] = 0
+            assert_same_bytes(product.results(**placed)[0], expected[:m])
+            plain_sums = product.results(**{**arrays, "out": None}, accumulate="float")[0]
+            assert_same_bytes(product.results(**placed, accumulate="float")[0], plain_sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -919,6 +1000,12 @@ def campaign(name):
 def test_short_campaign(capsys):
     campaign("same_bits").main(["--quick"])
     assert capsys.readouterr().out.rstrip().endswith("identical")
+
+
+def test_short_campaign_of_long_rows(capsys):
+    formats = ["affine_8"] if SMALL else ["affine_3", "affine_8"]
+    campaign("long_rows").main(["--length=4096", *(f"--format={name}" for name in formats)])
+    assert capsys.readouterr().out.rstrip().endswith("identical, all within the bound")
 
 
 # Of the results of campaigns/same_bits_grid.py --quick: the same on every machine. They change with the definition of a
