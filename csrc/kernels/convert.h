@@ -18,6 +18,12 @@ QZ_INLINE v_i32 bf16_of_any(v_f32 v) {
     return select_i32(greater_i32(magnitude, set1_i32(0x7f800000)), quiet, bf16_rounded(v));
 }
 
+/* QZ_LANES neighbours, the first of them element i. Not for float64. */
+QZ_INLINE v_f32 load_floats(const char *from, ptrdiff_t i, qz_type type) {
+    if (type == QZ_F16) return f32_from_f16((const uint16_t *)from + i);
+    return type == QZ_BF16 ? f32_from_bf16((const uint16_t *)from + i) : load_f32((const float *)from + i);
+}
+
 /* Inline with a constant type, so that no loop asks for it again. */
 QZ_INLINE float load_one(const char *from, qz_type type) {
     uint16_t half;
