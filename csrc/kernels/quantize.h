@@ -66,7 +66,7 @@ QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, float step
 #if QZ_FUSED
     const v_f32 minus_scale = f32_of_bits(xor_i32(bits_of_f32(scale), sign)), reciprocal = div_f32(one, scale);
     store_f32(r->reciprocal, reciprocal);
-    store_f32(r->rest, mul_f32(fused_f32(reciprocal, minus_scale, one), reciprocal));
+    store_f32(r->rest, div_f32(fused_f32(reciprocal, minus_scale, one), scale));
 #endif
     r->is_tame = QZ_FUSED && !any_i32(greater_i32(magnitude_of(scale), bits_of_f32(set1_f32(0x1p60f))));
 }
@@ -160,20 +160,18 @@ QZ_INLINE affine_range range_of_group(const affine_ranges *r, ptrdiff_t group) {
 /* v / scale by way of the scale's reciprocal, with the same code as the quotient of a division.
  *
  * Let Q = v / scale, r the reciprocal, u = 2^-24 and d = 1 - r * scale: |d| is at most some u, and a multiple of 2^-47,
- * so that the fused operation gives it exactly. The rest, d * r rounded, makes r + rest differ from 1 / scale =
- * r (1 + d + d^2 + ...) by at most 2u^2 of it; and v * rest is rounded by at most u^2 Q. So what is rounded last differs
- * from Q by less than 4u^2 Q, which is less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a
- * midpoint of two floats lies within 4u ulp(Q) of Q; and its code is the quotient's unless that is one of the two
- * midpoints next to k + 1/2 for a code k. For a midpoint m, of 25 bits, |Q - m| = |v - m * scale| / |scale| is a
- * multiple of u/2 ulp(Q) or more, so that few pairs of 24-bit significands come so close: tests/campaigns/quotients.py
- * lists them, and tests/test_quantize.py finds that the result is the quotient for each.
+ * so that the fused operation gives it exactly. The rest is d / scale, which is 1 / scale - r, rounded by at most u^2
+ * of 1 / scale; and v * rest is rounded by at most u^2 Q. So what is rounded last differs from Q by some 2u^2 Q, which
+ * is less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a midpoint of two floats lies within 4u
+ * ulp(Q) of Q; and its code is the quotient's unless that is one of the two midpoints next to k + 1/2 for a code k. For
+ * a midpoint m, of 25 bits, |Q - m| = |v - m * scale| / |scale| is a multiple of u/2 ulp(Q) or more, so that few pairs
+ * of 24-bit significands come so close: tests/campaigns/quotients.py lists them, and tests/test_quantize.py finds that
+ * the result is the quotient for each. (It is not for 2^23 / (2^24 - 1) if the rest is d * r.)
  *
  * Powers of two change nothing as long as nothing under- or overflows. The scale is at least 1e-7 / 2 in magnitude;
- * where it is at most 2^60, all elements are finite, |v| <= (2^bits + 1) |scale|, and the rest is 0 or above 2^-108. So
- * no operation overflows, and v * rest underflows only where Q is far below 1/2. NaN stays NaN. */
-QZ_INLINE v_f32 steps_of(v_f32 v, const affine_range *r) {
-    return fused_f32(v, r->reciprocal, mul_f32(v, r->rest));
-}
+ * where it is at most 2^60, all elements are finite, |v| <= (2^bits + 1) |scale|, and the rest is 0 or at least 2^-107.
+ * So no operation overflows, and v * rest underflows only where Q is far below 1/2. NaN stays NaN. */
+QZ_INLINE v_f32 steps_of(v_f32 v, const affine_range *r) { return fused_f32(v, r->reciprocal, mul_f32(v, r->rest)); }
 #endif
 
 /* Steps of tame groups, NaN apart, lie in [-1/2, 2^bits + 1): they need no clamping before they are bytes. */
@@ -327,9 +325,10 @@ static __attribute__((noinline)) void QZ_NAME(decode_each)(char *to, const uint8
 QZ_INLINE void decode_groups(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
                              int bits, qz_type products, qz_type type, int stream) {
     const ptrdiff_t size = job->group_size, step = size * (type == QZ_F32 ? 4 : 2);
-    for (ptrdiff_t g = 0; g < groups; g++) {
-        const float s = job->scales[first + g], b = job->biases[first + g];
-        char *to = job->w + (first + g) * step;
+    const float *const scales = job->scales + first, *const biases = job->biases + first;
+    char *to = job->w + first * step;
+    for (ptrdiff_t g = 0; g < groups; g++, to += step) {
+        const float s = scales[g], b = biases[g];
         if (!isfinite(s) || !isfinite(b) || size % (2 * QZ_LANES) != 0) {
             QZ_NAME(decode_each)(to, codes + g * size, size, s, b, products, type);
         } else if (type != QZ_F32 && bits <= 4 && size >= 64) {

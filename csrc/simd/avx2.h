@@ -357,8 +357,8 @@ typedef struct v_table {
 static inline v_table load_table(const uint16_t *entries) {
     const __m256i all = _mm256_loadu_si256((const __m256i *)entries);
     const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(all, 8);
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
-    return (v_table){_mm256_permute4x64_epi64(bytes, 0x44), _mm256_permute4x64_epi64(bytes, 0xee)};
+    const __m256i bytes = _mm256_packus_epi16(low, high);
+    return (v_table){_mm256_permute4x64_epi64(bytes, 0x88), _mm256_permute4x64_epi64(bytes, 0xdd)};
 }
 static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
     /* The unpacking below takes eight codes out of each half. */
@@ -376,9 +376,9 @@ static inline v_bytes min_bytes(v_bytes a, int b) { return _mm256_min_epu8(a, _m
 
 /* Byte k of a packed run is byte k % bits of 64-bit lane k / bits; or, since four codes of even width fill bytes, byte
  * k % (bits / 2) of 32-bit lane k / (bits / 2). */
-#define QZ_PACKED_BYTE(bits, k)                                                \
-    ((k) >= 2 * (bits)  ? -1                                                   \
-     : (bits) % 2 == 0 ? (k) / QZ_HALF(bits) * 4 + (k) % QZ_HALF(bits)         \
+#define QZ_PACKED_BYTE(bits, k)                                        \
+    ((k) >= 2 * (bits) ? -1                                            \
+     : (bits) % 2 == 0 ? (k) / QZ_HALF(bits) * 4 + (k) % QZ_HALF(bits) \
                        : (k) / (bits) * 8 + (k) % (bits))
 #define QZ_HALF(bits) ((bits) > 1 ? (bits) / 2 : 1)
 #define QZ_PACKED_RUN(bits) {QZ_EIGHT(QZ_PACKED_BYTE, bits, 0), QZ_EIGHT(QZ_PACKED_BYTE, bits, 8)}
