@@ -119,12 +119,13 @@ static void count_prepare_x(void) {
     }
 }
 
-static void count_quantize(qz_profile profile, const char *name) {
+static void count_quantize(qz_profile profile, qz_type type, const char *name) {
     for (ptrdiff_t groups = 16; groups <= 32; groups *= 2) {
         const qz_quantize_job job = {
-            .w = values,
+            .w = type == QZ_F32 ? (const char *)values : (const char *)halves,
+            .w_type = type,
             .next = (const char *)values,
-            .step = 4,
+            .step = type == QZ_F32 ? 4 : 2,
             .groups = groups,
             .group_size = GROUP,
             .packed = (uint8_t *)prepared,
@@ -158,8 +159,13 @@ static void count_dequantize(qz_type type, const char *name) {
 static void count_elementwise(void) {
     for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
         CALLGRIND_ZERO_STATS;
-        kernels->fake_quantize(results, values, count, 4, 0);
+        kernels->fake_quantize(results, (const char *)values, QZ_F32, count, 4, 0);
         dump("fake_quantize_4", count / 64);
+    }
+    for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
+        CALLGRIND_ZERO_STATS;
+        kernels->fake_quantize(results, (const char *)halves, QZ_F16, count, 4, 0);
+        dump("fake_quantize_4_f16", count / 64);
     }
     for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
         CALLGRIND_ZERO_STATS;
@@ -179,7 +185,8 @@ int main(int arguments, char **argument) {
     count_matmul_n(1);
     count_matmul_n(32);
     count_prepare_x();
-    count_quantize(QZ_PROFILE_METAL, "quantize_4");
+    count_quantize(QZ_PROFILE_METAL, QZ_F32, "quantize_4");
+    count_quantize(QZ_PROFILE_METAL, QZ_F16, "quantize_4_f16");
     count_dequantize(QZ_F32, "dequantize_4_f32");
     count_dequantize(QZ_F16, "dequantize_4_f16");
     count_elementwise();

@@ -57,7 +57,8 @@ typedef struct qz_matmul_job {
 } qz_matmul_job;
 
 typedef struct qz_quantize_job {
-    const float *w;   /* groups * group_size values */
+    const char *w;    /* groups * group_size values in memory order; float16 and bfloat16 need no alignment */
+    qz_type w_type;   /* QZ_F32, QZ_F16 or QZ_BF16 */
     const char *next; /* what will be read after them, for the caches: `step` bytes for each value, which need not */
     ptrdiff_t step;   /* be there */
     ptrdiff_t groups, group_size;
@@ -119,7 +120,8 @@ typedef struct qz_kernels {
     const char *matmul_note; /* how the exact class is computed, for the repr of a compiled kernel */
     void (*load)(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count);
     void (*store)(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count);
-    void (*fake_quantize)(float *y, const float *x, ptrdiff_t count, int bits, int stream);
+    /* x is of any type but float64, in memory order; float16 and bfloat16 need no alignment. y may be x. */
+    void (*fake_quantize)(float *y, const char *x, qz_type type, ptrdiff_t count, int bits, int stream);
     const qz_format_kernels *(*format)(int format, int group_slot);
     qz_probe_kernels probe;
 } qz_kernels;

@@ -115,6 +115,20 @@ def test_every_length(isa, bits, rng):
         assert_equals_reference(q.quantize(x[:length], bits), x[:length], bits)
 
 
+@some_widths
+def test_every_length_of_16_bits(isa, bits, rng):
+    """The same, where floats of two bytes may begin at an odd address and results at any float."""
+    for kind in ("float16", "bfloat16"):
+        raw = ref.round_to(inputs(rng, 40), kind)
+        odd = np.ndarray(raw.shape, raw.dtype, bytearray(raw.nbytes + 1), 1)
+        odd[...] = raw
+        x, options = ref.to_f32(raw, kind), {"input_dtype": kind} if kind == "bfloat16" else {}
+        for length in range(70):
+            for halves in (raw, odd):
+                y = q.quantize(halves[:length], bits, **options)
+                assert_equals_reference(y, x[:length], bits)
+
+
 @every_width
 def test_floats_around_every_step(isa, bits):
     """A short run of campaigns/fake_quantize_exhaustive.py, which see."""

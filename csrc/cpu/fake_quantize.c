@@ -21,7 +21,7 @@ static void quantize_converted(const job *j, const char *from, char *to, ptrdiff
     for (ptrdiff_t i = 0; i < count; i += CONVERTED) {
         ptrdiff_t n = count - i < CONVERTED ? count - i : CONVERTED;
         j->kernels->load(values, from + i * from_stride, from_stride, x->type, n);
-        j->kernels->fake_quantize(values, values, n, j->args->bits, 0);
+        j->kernels->fake_quantize(values, (const char *)values, QZ_F32, n, j->args->bits, 0);
         j->kernels->store(to + i * to_stride, to_stride, QZ_F32, values, n);
     }
 }
@@ -34,7 +34,7 @@ static void quantize_piece(const job *j, ptrdiff_t piece) {
     const char *from = qz_element(x, x->ndim - 1, row) + first * from_stride;
     char *to = qz_element(y, y->ndim - 1, row) + first * to_stride;
     if (qz_is_plain(from, from_stride, x->type) && qz_is_plain(to, to_stride, QZ_F32)) {
-        j->kernels->fake_quantize((float *)to, (const float *)from, count, j->args->bits, j->stream);
+        j->kernels->fake_quantize((float *)to, from, x->type, count, j->args->bits, j->stream);
     } else {
         quantize_converted(j, from, to, count);
     }

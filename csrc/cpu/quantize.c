@@ -70,10 +70,21 @@ static void quantize_piece(const quantize_job *j, ptrdiff_t piece) {
     const char *w = span_at(&a->w, &s, j->group_size);
     const ptrdiff_t stride = qz_last_stride(&a->w), count = s.groups * j->group_size;
     const ptrdiff_t step = stride > 0 && stride <= 8 ? stride : 0;
-    qz_quantize_job job = {(const float *)w, w + count * step, step, s.groups, j->group_size, packed, scales, biases};
+    qz_quantize_job job = {
+        .w = w,
+        .w_type = a->w.type,
+        .next = w + count * step,
+        .step = step,
+        .groups = s.groups,
+        .group_size = j->group_size,
+        .packed = packed,
+        .scales = scales,
+        .biases = biases,
+    };
     if (!qz_is_plain(w, stride, a->w.type)) {
         j->kernels->load(copy, w, stride, a->w.type, count);
-        job.w = copy;
+        job.w = (const char *)copy;
+        job.w_type = QZ_F32;
     }
     j->quantize(&job);
     char *words = words_at(&a->codes, &s, j->group_bits);

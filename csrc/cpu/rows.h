@@ -29,8 +29,9 @@ static inline char *qz_element(const qz_array *array, int dims, ptrdiff_t index)
 static inline ptrdiff_t qz_last(const qz_array *array) { return array->shape[array->ndim - 1]; }
 static inline ptrdiff_t qz_last_stride(const qz_array *array) { return array->strides[array->ndim - 1]; }
 
-/* Float32 in memory order, where C allows floats to stand. */
+/* Whether kernels can read a row as it is: in memory order, and float32 where C allows floats to stand. */
 static inline int qz_is_plain(const char *data, ptrdiff_t stride, qz_type type) {
+    if (type == QZ_F16 || type == QZ_BF16) return stride == 2;
     return type == QZ_F32 && stride == 4 && (uintptr_t)data % 4 == 0;
 }
 

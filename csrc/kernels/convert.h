@@ -18,6 +18,12 @@ QZ_INLINE v_i32 bf16_of_any(v_f32 v) {
     return select_i32(greater_i32(magnitude, set1_i32(0x7f800000)), quiet, bf16_rounded(v));
 }
 
+/* QZ_LANES neighbours, the first of them element i. Not for float64. */
+QZ_INLINE v_f32 load_floats(const char *from, ptrdiff_t i, qz_type type) {
+    if (type == QZ_F16) return f32_from_f16((const uint16_t *)from + i);
+    return type == QZ_BF16 ? f32_from_bf16((const uint16_t *)from + i) : load_f32((const float *)from + i);
+}
+
 /* Inline with a constant type, so that no loop asks for it again. */
 QZ_INLINE float load_one(const char *from, qz_type type) {
     uint16_t half;
@@ -53,32 +59,27 @@ QZ_INLINE void store_each(char *to, ptrdiff_t stride, qz_type type, const float 
     for (ptrdiff_t i = 0; i < count; i++) store_one(to + i * stride, type, from[i]);
 }
 
-/* QZ_LANES halves at `stride`, or a copy of them where they are no neighbours. */
-QZ_INLINE const uint16_t *neighbouring_halves(uint16_t copy[QZ_LANES], const char *from, ptrdiff_t stride) {
-    if (stride == 2) return (const uint16_t *)from;
-    QZ_UNROLL
-    for (int i = 0; i < QZ_LANES; i++) memcpy(copy + i, from + i * stride, sizeof *copy);
-    return copy;
+/* Halves at `stride`, gathered where they are no neighbours. */
+QZ_INLINE void load_halves(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
+    uint16_t copy[QZ_LANES];
+    ptrdiff_t i = 0;
+    if (stride == 2) {
+        for (; i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, load_floats(from, i, type));
+    }
+    for (; i + QZ_LANES <= count; i += QZ_LANES) {
+        QZ_UNROLL
+        for (int j = 0; j < QZ_LANES; j++) memcpy(copy + j, from + (i + j) * stride, sizeof *copy);
+        store_f32(to + i, load_floats((const char *)copy, 0, type));
+    }
+    load_each(to + i, from + i * stride, stride, type, count - i);
 }
 
 /* Not inline: clang would copy this, vectorized for every type, into each of the matmul kernels. */
 static __attribute__((noinline)) void QZ_NAME(load)(float *to, const char *from, ptrdiff_t stride, qz_type type,
                                                     ptrdiff_t count) {
-    uint16_t copy[QZ_LANES];
-    ptrdiff_t i = 0;
     switch (type) {
-    case QZ_F16:
-        for (; i + QZ_LANES <= count; i += QZ_LANES) {
-            store_f32(to + i, f32_from_f16(neighbouring_halves(copy, from + i * stride, stride)));
-        }
-        load_each(to + i, from + i * stride, stride, QZ_F16, count - i);
-        return;
-    case QZ_BF16:
-        for (; i + QZ_LANES <= count; i += QZ_LANES) {
-            store_f32(to + i, f32_from_bf16(neighbouring_halves(copy, from + i * stride, stride)));
-        }
-        load_each(to + i, from + i * stride, stride, QZ_BF16, count - i);
-        return;
+    case QZ_F16: load_halves(to, from, stride, QZ_F16, count); return;
+    case QZ_BF16: load_halves(to, from, stride, QZ_BF16, count); return;
     case QZ_F64: load_each(to, from, stride, QZ_F64, count); return;
     default:
         if (stride == 4) {

@@ -25,35 +25,49 @@ QZ_INLINE v_f32 fake_quantize_any(v_f32 x, int bits, v_f32 scale, v_f32 inverse)
     return bits == 1 ? sign_vector(x) : fake_quantize_vector(x, scale, inverse);
 }
 
-QZ_INLINE void fake_quantize_span(float *y, const float *x, ptrdiff_t count, int bits, int stream) {
-    float levels = (float)((1 << (bits - 1)) - 1);
-    v_f32 scale = set1_f32(levels), inverse = set1_f32(bits == 1 ? 0.0f : 1.0f / levels);
-    float head[QZ_LANES] = {0};
+/* Fewer elements than a vector holds. */
+QZ_INLINE void fake_quantize_few(float *y, const char *x, qz_type type, ptrdiff_t count, int bits, v_f32 scale,
+                                 v_f32 inverse) {
+    const size_t size = type == QZ_F32 ? 4 : 2;
+    float few[QZ_LANES] = {0};
+    memcpy(few, x, (size_t)count * size);
+    store_f32(few, fake_quantize_any(load_floats((const char *)few, 0, type), bits, scale, inverse));
+    memcpy(y, few, (size_t)count * sizeof *y);
+}
+
+QZ_INLINE void fake_quantize_span(float *y, const char *x, qz_type type, ptrdiff_t count, int bits, int stream) {
+    const float levels = (float)((1 << (bits - 1)) - 1);
+    const v_f32 scale = set1_f32(levels), inverse = set1_f32(bits == 1 ? 0.0f : 1.0f / levels);
+    const ptrdiff_t size = type == QZ_F32 ? 4 : 2;
     ptrdiff_t i = 0;
     if (stream) { /* a streaming store wants alignment: the floats before it are done as a short tail is */
-        ptrdiff_t before = (ptrdiff_t)(-(uintptr_t)y / sizeof *y & (QZ_LANES - 1));
+        const ptrdiff_t before = (ptrdiff_t)(-(uintptr_t)y / sizeof *y & (QZ_LANES - 1));
         i = before < count ? before : count;
-        memcpy(head, x, (size_t)i * sizeof *x);
-        store_f32(head, fake_quantize_any(load_f32(head), bits, scale, inverse));
-        memcpy(y, head, (size_t)i * sizeof *y);
+        fake_quantize_few(y, x, type, i, bits, scale, inverse);
         for (; i + QZ_LANES <= count; i += QZ_LANES) {
-            stream_f32(y + i, fake_quantize_any(load_f32(x + i), bits, scale, inverse));
+            stream_f32(y + i, fake_quantize_any(load_floats(x, i, type), bits, scale, inverse));
         }
         stream_end();
     }
     for (; i + QZ_LANES <= count; i += QZ_LANES) {
-        store_f32(y + i, fake_quantize_any(load_f32(x + i), bits, scale, inverse));
+        store_f32(y + i, fake_quantize_any(load_floats(x, i, type), bits, scale, inverse));
     }
-    memcpy(head, x + i, (size_t)(count - i) * sizeof *x);
-    store_f32(head, fake_quantize_any(load_f32(head), bits, scale, inverse));
-    memcpy(y + i, head, (size_t)(count - i) * sizeof *y);
+    fake_quantize_few(y + i, x + i * size, type, count - i, bits, scale, inverse);
 }
 
-static void QZ_NAME(fake_quantize)(float *y, const float *x, ptrdiff_t count, int bits, int stream) {
+QZ_INLINE void fake_quantize_type(float *y, const char *x, qz_type type, ptrdiff_t count, int bits, int stream) {
     if (bits == 1) {
-        fake_quantize_span(y, x, count, 1, stream);
+        fake_quantize_span(y, x, type, count, 1, stream);
     } else {
         QZ_ASSUME(bits >= 2);
-        fake_quantize_span(y, x, count, bits, stream);
+        fake_quantize_span(y, x, type, count, bits, stream);
+    }
+}
+
+static void QZ_NAME(fake_quantize)(float *y, const char *x, qz_type type, ptrdiff_t count, int bits, int stream) {
+    switch (type) {
+    case QZ_F16: fake_quantize_type(y, x, QZ_F16, count, bits, stream); return;
+    case QZ_BF16: fake_quantize_type(y, x, QZ_BF16, count, bits, stream); return;
+    default: fake_quantize_type(y, x, QZ_F32, count, bits, stream);
     }
 }

@@ -38,7 +38,9 @@ QZ_INLINE v_f32 round_any(v_f32 v, int profile) {
 /* What encoding needs to know of each group of a batch. */
 typedef struct affine_ranges {
     float scale[QZ_LANES], bias[QZ_LANES];
-    float minus_scale[QZ_LANES], reciprocal[QZ_LANES];
+#if QZ_FUSED
+    float reciprocal[QZ_LANES], rest[QZ_LANES]; /* together 1 / scale */
+#endif
     int is_tame; /* 1 where steps_of may be used on every group */
 } affine_ranges;
 
@@ -61,9 +63,12 @@ QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, float step
     scale = f32_of_bits(select_i32(stretched, bits_of_f32(quotient), bits_of_f32(scale)));
     store_f32(r->scale, scale);
     store_f32(r->bias, f32_of_bits(and_i32(stretched, bits_of_f32(edge))));
-    store_f32(r->minus_scale, f32_of_bits(xor_i32(bits_of_f32(scale), sign)));
-    store_f32(r->reciprocal, div_f32(one, scale));
-    r->is_tame = !any_i32(greater_i32(magnitude_of(scale), bits_of_f32(set1_f32(0x1p100f))));
+#if QZ_FUSED
+    const v_f32 minus_scale = f32_of_bits(xor_i32(bits_of_f32(scale), sign)), reciprocal = div_f32(one, scale);
+    store_f32(r->reciprocal, reciprocal);
+    store_f32(r->rest, div_f32(fused_f32(reciprocal, minus_scale, one), scale));
+#endif
+    r->is_tame = QZ_FUSED && !any_i32(greater_i32(magnitude_of(scale), bits_of_f32(set1_f32(0x1p60f))));
 }
 
 /* Up to QZ_LANES groups and their ranges; `count` elements, whole vectors of bytes, stand at w. */
@@ -71,46 +76,59 @@ typedef struct affine_batch {
     const float *w;
     ptrdiff_t first, groups, count;
     affine_ranges ranges;
-    float padded[QZ_LANES * QZ_BYTES / 2]; /* a copy of w where it ends within a vector of bytes: groups are short */
+    float copy[QZ_LANES * QZ_MAX_GROUP]; /* of w, where that is not float32 or ends within a vector of bytes */
 } affine_batch;
 
-/* The least and the greatest element of each group, NaN ignored. Lanes beyond `groups` repeat the first group. */
-QZ_INLINE void measure_groups(v_f32 *lo, v_f32 *hi, const float *w, ptrdiff_t groups, ptrdiff_t size) {
+/* The least and the greatest element of each group, NaN ignored. Lanes beyond the groups repeat the last one. Elements
+ * are converted on the way, once for encoding too. */
+QZ_INLINE void measure_groups(v_f32 *lo, v_f32 *hi, affine_batch *b, const char *w, ptrdiff_t size, qz_type type) {
     v_f32 los[QZ_LANES], his[QZ_LANES];
+    ptrdiff_t at = 0;
     for (ptrdiff_t g = 0; g < QZ_LANES; g++) {
-        const float *from = w + (g < groups ? g * size : 0);
         los[g] = set1_f32(INFINITY);
         his[g] = set1_f32(-INFINITY);
         QZ_UNROLL_BY_4
         for (ptrdiff_t i = 0; i < size; i += QZ_LANES) {
-            v_f32 v = load_f32(from + i);
+            v_f32 v = load_floats(w, at + i, type);
+            if (type != QZ_F32) store_f32(b->copy + at + i, v);
             los[g] = min_f32(v, los[g]); /* NaN in v leaves the second operand */
             his[g] = max_f32(v, his[g]);
         }
+        if (g + 1 < b->groups) at += size;
     }
     *lo = least_of_each(los);
     *hi = greatest_of_each(his);
+}
+
+QZ_INLINE void measure_type(v_f32 *lo, v_f32 *hi, affine_batch *b, const char *w, ptrdiff_t size, qz_type type) {
+    switch (size) {
+    case 32: measure_groups(lo, hi, b, w, 32, type); return;
+    case 64: measure_groups(lo, hi, b, w, 64, type); return;
+    case 128: measure_groups(lo, hi, b, w, 128, type); return;
+    default: measure_groups(lo, hi, b, w, size, type);
+    }
 }
 
 /* Not inline: it is the same for all widths. */
 static __attribute__((noinline)) void QZ_NAME(measure_batch)(affine_batch *b, const qz_quantize_job *job,
                                                              ptrdiff_t first, float steps, int profile) {
     const ptrdiff_t size = job->group_size, left = job->groups - first;
+    const char *w = job->w + first * size * (job->w_type == QZ_F32 ? 4 : 2);
     v_f32 lo, hi;
     b->first = first;
     b->groups = left < QZ_LANES ? left : QZ_LANES;
     b->count = b->groups * size;
-    b->w = job->w + first * size;
+    b->w = job->w_type == QZ_F32 ? (const float *)w : b->copy;
     if (b->count % QZ_BYTES != 0) {
-        memset(b->padded, 0, sizeof b->padded);
-        b->w = memcpy(b->padded, b->w, (size_t)b->count * sizeof *b->w);
-        b->count += QZ_BYTES - b->count % QZ_BYTES;
+        const ptrdiff_t missing = QZ_BYTES - b->count % QZ_BYTES;
+        memset(b->copy + b->count, 0, (size_t)missing * sizeof *b->copy);
+        if (job->w_type == QZ_F32) b->w = memcpy(b->copy, w, (size_t)b->count * sizeof *b->copy);
+        b->count += missing;
     }
-    switch (size) {
-    case 32: measure_groups(&lo, &hi, b->w, b->groups, 32); break;
-    case 64: measure_groups(&lo, &hi, b->w, b->groups, 64); break;
-    case 128: measure_groups(&lo, &hi, b->w, b->groups, 128); break;
-    default: measure_groups(&lo, &hi, b->w, b->groups, size);
+    switch (job->w_type) {
+    case QZ_F16: measure_type(&lo, &hi, b, w, size, QZ_F16); break;
+    case QZ_BF16: measure_type(&lo, &hi, b, w, size, QZ_BF16); break;
+    default: measure_type(&lo, &hi, b, w, size, QZ_F32);
     }
     if (profile == QZ_PROFILE_METAL) {
         affine_ranges_of(&b->ranges, lo, hi, steps, QZ_PROFILE_METAL);
@@ -119,41 +137,60 @@ static __attribute__((noinline)) void QZ_NAME(measure_batch)(affine_batch *b, co
     }
 }
 
+/* The range of one group, in all lanes. */
+typedef struct affine_range {
+    v_f32 bias, scale;
+#if QZ_FUSED
+    v_f32 reciprocal, rest;
+#endif
+} affine_range;
+
+QZ_INLINE affine_range range_of_group(const affine_ranges *r, ptrdiff_t group) {
+    affine_range one;
+    one.bias = set1_f32(r->bias[group]);
+    one.scale = set1_f32(r->scale[group]);
+#if QZ_FUSED
+    one.reciprocal = set1_f32(r->reciprocal[group]);
+    one.rest = set1_f32(r->rest[group]);
+#endif
+    return one;
+}
+
 #if QZ_FUSED
 /* v / scale by way of the scale's reciprocal, with the same code as the quotient of a division.
  *
- * Let Q = v / scale, q = v * reciprocal and e = v - q * scale, each rounded; the result is q + e * reciprocal, rounded
- * once. With u = 2^-24: |q - Q| < 1.5 ulp(Q), of which the reciprocal's error makes at most 1 and the product's 0.5.
- * e is exact, or off by half a unit in its 25th bit, and the reciprocal by u relatively, so that what is rounded last
- * differs from Q by less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a midpoint of two floats
- * lies within 4u ulp(Q) of Q; and its code is the quotient's unless that is one of the two midpoints next to k + 1/2
- * for a code k. For a midpoint m, of 25 bits, |Q - m| = |v - m * scale| / |scale| is a multiple of u/2 ulp(Q) or more,
- * so that few pairs of 24-bit significands come so close: tests/campaigns/quotients.py lists them, and
- * tests/test_quantize.py finds that the result is the quotient for each.
+ * Let Q = v / scale, r the reciprocal, u = 2^-24 and d = 1 - r * scale: |d| is at most some u, and a multiple of 2^-47,
+ * so that the fused operation gives it exactly. The rest is d / scale, which is 1 / scale - r, rounded by at most u^2
+ * of 1 / scale; and v * rest is rounded by at most u^2 Q. So what is rounded last differs from Q by some 2u^2 Q, which
+ * is less than 4u ulp(Q). The result thus is the quotient, Q rounded, unless a midpoint of two floats lies within 4u
+ * ulp(Q) of Q; and its code is the quotient's unless that is one of the two midpoints next to k + 1/2 for a code k. For
+ * a midpoint m, of 25 bits, |Q - m| = |v - m * scale| / |scale| is a multiple of u/2 ulp(Q) or more, so that few pairs
+ * of 24-bit significands come so close: tests/campaigns/quotients.py lists them, and tests/test_quantize.py finds that
+ * the result is the quotient for each. (It is not for 2^23 / (2^24 - 1) if the rest is d * r.)
  *
  * Powers of two change nothing as long as nothing under- or overflows. The scale is at least 1e-7 / 2 in magnitude;
- * where it is at most 2^100, all elements are finite and |v| <= (2^bits + 1) |scale|. So no operation overflows, and e
- * underflows only where Q is far below 1/2. NaN stays NaN. */
-QZ_INLINE v_f32 steps_of(v_f32 v, v_f32 minus_scale, v_f32 reciprocal) {
-    v_f32 q = mul_f32(v, reciprocal);
-    return fused_f32(fused_f32(q, minus_scale, v), reciprocal, q);
-}
+ * where it is at most 2^60, all elements are finite, |v| <= (2^bits + 1) |scale|, and the rest is 0 or at least 2^-107.
+ * So no operation overflows, and v * rest underflows only where Q is far below 1/2. NaN stays NaN. */
+QZ_INLINE v_f32 steps_of(v_f32 v, const affine_range *r) { return fused_f32(v, r->reciprocal, mul_f32(v, r->rest)); }
+#endif
 
 /* Steps of tame groups, NaN apart, lie in [-1/2, 2^bits + 1): they need no clamping before they are bytes. */
-QZ_INLINE v_i32 encode_tame(const float *w, const affine_ranges *r, ptrdiff_t group, int profile) {
-    v_f32 v = sub_f32(load_f32(w), set1_f32(r->bias[group]));
-    return round_steps(steps_of(v, set1_f32(r->minus_scale[group]), set1_f32(r->reciprocal[group])), profile);
-}
-#endif
-
-QZ_INLINE v_i32 encode_vector(const float *w, const affine_ranges *r, ptrdiff_t group, int bits, int profile,
-                              int is_tame) {
+QZ_INLINE v_i32 encode_vector(const float *w, const affine_range *r, int bits, int profile, int is_tame) {
+    const v_f32 v = sub_f32(load_f32(w), r->bias);
 #if QZ_FUSED
-    if (is_tame) return encode_tame(w, r, group, profile);
+    if (is_tame) return round_steps(steps_of(v, r), profile);
 #endif
     (void)is_tame;
-    v_f32 v = sub_f32(load_f32(w), set1_f32(r->bias[group]));
-    return encode_uint(div_f32(v, set1_f32(r->scale[group])), bits, profile);
+    return encode_uint(div_f32(v, r->scale), bits, profile);
+}
+
+/* The codes of a vector of bytes, each quarter of which has a range. */
+QZ_INLINE v_bytes encode_bytes(const float *w, const affine_range r[4], int bits, int profile, int is_tame) {
+    v_i32 v[4];
+    QZ_UNROLL
+    for (int j = 0; j < 4; j++) v[j] = encode_vector(w + j * QZ_LANES, &r[j], bits, profile, is_tame);
+    const v_bytes codes = bytes_from_i32(v[0], v[1], v[2], v[3]);
+    return is_tame && bits < 8 ? min_bytes(codes, (1 << bits) - 1) : codes;
 }
 
 /* The codes of a batch, whole vectors of bytes. `apart` is QZ_LANES where a vector of bytes may hold elements of
@@ -163,23 +200,20 @@ QZ_INLINE v_i32 encode_vector(const float *w, const affine_ranges *r, ptrdiff_t 
  * processor wait for it at the next measuring. */
 QZ_INLINE void affine_encode(const affine_batch *b, const qz_quantize_job *job, int bits, int profile, int is_tame,
                              int apart) {
-    const ptrdiff_t size = job->group_size, step = job->step;
+    const ptrdiff_t size = job->group_size, step = job->step, count = b->count;
     const int shift = __builtin_ctzll((unsigned long long)size);
     const char *next = job->next + b->first * size * step;
     uint8_t *packed = job->packed + b->first * size / 8 * bits;
-    const affine_ranges *r = &b->ranges;
     const float *w = b->w;
-    for (ptrdiff_t i = 0; i < b->count; i += QZ_BYTES) {
-        v_i32 v[4];
+    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
+        affine_range r[4];
         QZ_UNROLL
-        for (int line = 0; line < QZ_BYTES / 16; line++) prefetch(next + (i + line * 16) * step); /* if float32 */
+        for (int j = 0; j < 4; j++) r[j] = range_of_group(&b->ranges, (i + j * apart) >> shift);
         QZ_UNROLL
-        for (int j = 0; j < 4; j++) {
-            v[j] = encode_vector(w + i + j * QZ_LANES, r, (i + j * apart) >> shift, bits, profile, is_tame);
-        }
-        v_bytes codes = bytes_from_i32(v[0], v[1], v[2], v[3]);
-        if (is_tame && bits < 8) codes = min_bytes(codes, (1 << bits) - 1);
-        store_packed(packed + i / 8 * bits, codes, bits);
+        for (int line = 0; line < QZ_BYTES / 16; line++) prefetch(next + line * 16 * step); /* if float32 */
+        store_packed(packed, encode_bytes(w + i, r, bits, profile, is_tame), bits);
+        next += QZ_BYTES * step;
+        packed += QZ_BYTES / 8 * bits;
     }
 }
 
@@ -291,9 +325,10 @@ static __attribute__((noinline)) void QZ_NAME(decode_each)(char *to, const uint8
 QZ_INLINE void decode_groups(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
                              int bits, qz_type products, qz_type type, int stream) {
     const ptrdiff_t size = job->group_size, step = size * (type == QZ_F32 ? 4 : 2);
-    for (ptrdiff_t g = 0; g < groups; g++) {
-        const float s = job->scales[first + g], b = job->biases[first + g];
-        char *to = job->w + (first + g) * step;
+    const float *const scales = job->scales + first, *const biases = job->biases + first;
+    char *to = job->w + first * step;
+    for (ptrdiff_t g = 0; g < groups; g++, to += step) {
+        const float s = scales[g], b = biases[g];
         if (!isfinite(s) || !isfinite(b) || size % (2 * QZ_LANES) != 0) {
             QZ_NAME(decode_each)(to, codes + g * size, size, s, b, products, type);
         } else if (type != QZ_F32 && bits <= 4 && size >= 64) {

@@ -357,8 +357,8 @@ typedef struct v_table {
 static inline v_table load_table(const uint16_t *entries) {
     const __m256i all = _mm256_loadu_si256((const __m256i *)entries);
     const __m256i low = _mm256_and_si256(all, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(all, 8);
-    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
-    return (v_table){_mm256_permute4x64_epi64(bytes, 0x44), _mm256_permute4x64_epi64(bytes, 0xee)};
+    const __m256i bytes = _mm256_packus_epi16(low, high);
+    return (v_table){_mm256_permute4x64_epi64(bytes, 0x88), _mm256_permute4x64_epi64(bytes, 0xdd)};
 }
 static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
     /* The unpacking below takes eight codes out of each half. */
@@ -374,17 +374,22 @@ static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
 }
 static inline v_bytes min_bytes(v_bytes a, int b) { return _mm256_min_epu8(a, _mm256_set1_epi8((char)b)); }
 
-/* Byte k of a packed run of two 64-bit lanes is byte k % bits of lane k / bits. */
-#define QZ_PACKED_BYTE(bits, k) ((k) < 2 * (bits) ? (k) / (bits) * 8 + (k) % (bits) : -1)
+/* Byte k of a packed run is byte k % bits of 64-bit lane k / bits; or, since four codes of even width fill bytes, byte
+ * k % (bits / 2) of 32-bit lane k / (bits / 2). */
+#define QZ_PACKED_BYTE(bits, k)                                        \
+    ((k) >= 2 * (bits) ? -1                                            \
+     : (bits) % 2 == 0 ? (k) / QZ_HALF(bits) * 4 + (k) % QZ_HALF(bits) \
+                       : (k) / (bits) * 8 + (k) % (bits))
+#define QZ_HALF(bits) ((bits) > 1 ? (bits) / 2 : 1)
 #define QZ_PACKED_RUN(bits) {QZ_EIGHT(QZ_PACKED_BYTE, bits, 0), QZ_EIGHT(QZ_PACKED_BYTE, bits, 8)}
 static const int8_t packed_bytes[8][16] = {
     [1] = QZ_PACKED_RUN(1), [2] = QZ_PACKED_RUN(2), [3] = QZ_PACKED_RUN(3), [4] = QZ_PACKED_RUN(4),
     [5] = QZ_PACKED_RUN(5), [6] = QZ_PACKED_RUN(6), [7] = QZ_PACKED_RUN(7),
 };
 
-/* Neighbours are joined in lanes of 16, 32 and 64 bits by multiplying the upper one by a power of two, and last by a
- * shift of the lower one to the top and of both back down; a shuffle drops the empty bytes. The factor 2^bits must be a
- * signed byte. */
+/* Neighbours are joined in lanes of 16 and 32 bits by multiplying the upper one by a power of two, and for odd widths
+ * in lanes of 64 by a shift of the lower one to the top and of both back down; a shuffle drops the empty bytes. The
+ * factor 2^bits must be a signed byte. */
 QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     if (bits == 8) {
         _mm256_storeu_si256((__m256i *)packed, codes);
@@ -400,7 +405,7 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     const __m256i order = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed_bytes[bits]));
     __m256i v = _mm256_maddubs_epi16(codes, _mm256_set1_epi16((short)(1 | 1 << (8 + bits))));
     v = _mm256_madd_epi16(v, _mm256_set1_epi32(1 | 1 << (16 + 2 * bits)));
-    v = _mm256_srli_epi64(_mm256_sllv_epi32(v, _mm256_set1_epi64x(empty)), empty);
+    if (bits % 2) v = _mm256_srli_epi64(_mm256_sllv_epi32(v, _mm256_set1_epi64x(empty)), empty);
     v = _mm256_shuffle_epi8(v, order);
     _mm_storeu_si128((__m128i *)packed, _mm256_castsi256_si128(v));
     _mm_storeu_si128((__m128i *)(packed + 2 * bits), _mm256_extracti128_si256(v, 1));

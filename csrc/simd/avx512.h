@@ -308,8 +308,10 @@ static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
 }
 static inline v_bytes min_bytes(v_bytes a, int b) { return _mm512_min_epu8(a, _mm512_set1_epi8((char)b)); }
 
-/* Byte k of the packed run of eight 64-bit lanes is byte k % bits of lane k / bits. */
-#define QZ_PACKED_BYTE(bits, k) ((k) / (bits) * 8 + (k) % (bits)) & 63
+/* As on AVX2, but for the bytes after the run, which may be any. */
+#define QZ_HALF(bits) ((bits) > 1 ? (bits) / 2 : 1)
+#define QZ_PACKED_BYTE(bits, k) \
+    ((bits) % 2 == 0 ? (k) / QZ_HALF(bits) * 4 + (k) % QZ_HALF(bits) : (k) / (bits) * 8 + (k) % (bits)) & 63
 #define QZ_PACKED_8(bits, k)                                                                                        \
     QZ_PACKED_BYTE(bits, k), QZ_PACKED_BYTE(bits, k + 1), QZ_PACKED_BYTE(bits, k + 2), QZ_PACKED_BYTE(bits, k + 3), \
         QZ_PACKED_BYTE(bits, k + 4), QZ_PACKED_BYTE(bits, k + 5), QZ_PACKED_BYTE(bits, k + 6),                      \
@@ -337,7 +339,7 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     const int empty = 32 - 4 * bits;
     __m512i v = _mm512_maddubs_epi16(codes, _mm512_set1_epi16((short)(1 | 1 << (8 + bits))));
     v = _mm512_madd_epi16(v, _mm512_set1_epi32(1 | 1 << (16 + 2 * bits)));
-    v = _mm512_srli_epi64(_mm512_sllv_epi32(v, _mm512_set1_epi64(empty)), (unsigned)empty);
+    if (bits % 2) v = _mm512_srli_epi64(_mm512_sllv_epi32(v, _mm512_set1_epi64(empty)), (unsigned)empty);
     v = _mm512_permutexvar_epi8(_mm512_loadu_si512(packed_bytes[bits]), v);
     _mm512_storeu_si512(packed, v);
 }

@@ -2,7 +2,7 @@
 
     python tests/campaigns/quotients.py --seconds 60
 
-The generic kernels divide, and those of the vector instruction sets multiply by a reciprocal and correct the product
+The generic kernels divide, and those of the vector instruction sets multiply by a reciprocal of twice the precision
 (csrc/kernels/quantize.h, which proves that no code changes). Most elements here lie within a few units in the last
 place of a tie between two codes; scales reach from the floor of 1e-7 to the overflow of float32. `hard_pairs` lists the
 dividends and divisors that the proof leaves to be tried. A difference is printed with what reproduces it, and the exit
@@ -51,13 +51,16 @@ def rounded(exact):
     return round(exact / Fraction(2) ** e) * Fraction(2) ** e
 
 
+def nearest(exact):
+    """The same of any fraction."""
+    return rounded(abs(exact)) * (1 if exact > 0 else -1) if exact else exact
+
+
 def by_reciprocal(v, s):
     """v/s as steps_of of csrc/kernels/quantize.h has it; each operation is rounded once."""
     reciprocal = rounded(1 / s)
-    q = rounded(v * reciprocal)
-    e = v - q * s
-    e = rounded(abs(e)) * (1 if e > 0 else -1) if e else e
-    return rounded(q + e * reciprocal)
+    rest = nearest(nearest(1 - reciprocal * s) / s)
+    return rounded(v * reciprocal + nearest(v * rest))
 
 
 def hard_groups(bits, pairs):
