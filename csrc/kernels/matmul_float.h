@@ -23,6 +23,15 @@ QZ_INLINE v_i32 load_words(const uint8_t *packed, int bits) {
 /* ---- few rows of x, weights [N, K] --------------------------------------------------------------------------------
  */
 
+/* Codes are masked where they stand in their half of a word, which makes them 2^QZ_PLACE times as large, and x is
+ * divided by as much beforehand: one shift a word, and no shuffle. */
+#define QZ_PLACE(j, width) ((j) * (width) % 16)
+
+QZ_INLINE v_f32 code_in_place(v_i32 words, int j, int width) {
+    if (j * width >= 16) words = shr_u32(words, 16);
+    return f32_from_i32(and_i32(words, set1_i32(((1 << width) - 1) << QZ_PLACE(j, width))));
+}
+
 /* A prepared row: x padded with zeros to whole vectors of words, place [j][lane] of each for code j of the lane's word;
  * then sum(x) of each group, padded with zeros to whole vectors. */
 QZ_INLINE ptrdiff_t padded_to(ptrdiff_t count, ptrdiff_t unit) { return (count + unit - 1) / unit * unit; }
@@ -39,7 +48,8 @@ QZ_INLINE void prepare_float_row(float *to, const float *x, ptrdiff_t k, ptrdiff
         const float *from = x + at;
         if (at + runs > k) from = memcpy(padding, from, (size_t)(k - at) * sizeof *x);
         for (int j = 0; j < run; j++) {
-            for (int lane = 0; lane < QZ_LANES; lane++) to[at + j * QZ_LANES + lane] = from[lane * run + j];
+            const float place = 1.0f / (float)(1 << QZ_PLACE(j, QZ_WIDTH(bits)));
+            for (int lane = 0; lane < QZ_LANES; lane++) to[at + j * QZ_LANES + lane] = from[lane * run + j] * place;
         }
     }
     memset(sums, 0, (size_t)padded_to(k / group_size, QZ_LANES) * sizeof *sums);
@@ -78,7 +88,7 @@ QZ_INLINE void add_words(v_f32 *totals, v_i32 words, const char *x, ptrdiff_t x_
     v_f32 sums[QZ_SHARING][2];
     QZ_UNROLL
     for (int j = 0; j < run; j++) {
-        const v_f32 codes = f32_of_code(words, j, QZ_WIDTH(bits));
+        const v_f32 codes = code_in_place(words, j, QZ_WIDTH(bits));
         QZ_UNROLL
         for (int m = 0; m < rows; m++) {
             const v_f32 value = load_f32((const float *)(x + m * x_stride) + j * QZ_LANES);
@@ -253,9 +263,10 @@ static void multiply_rows(float *y, ptrdiff_t pitch, const float *panel, const c
     }
 }
 
-/* All rows of x times a panel, in tiles of nearly the same height: a low tile takes as long as a higher one. */
-static void multiply_panel(float *y, ptrdiff_t pitch, const float *panel, const char *x, ptrdiff_t x_stride,
-                           ptrdiff_t count, ptrdiff_t m) {
+/* All rows of x times a panel, in tiles of nearly the same height: a low tile takes as long as a higher one. Not inline:
+ * gcc would keep constants of the decoding in registers that the sums need. */
+static __attribute__((noinline)) void multiply_panel(float *y, ptrdiff_t pitch, const float *panel, const char *x,
+                                                     ptrdiff_t x_stride, ptrdiff_t count, ptrdiff_t m) {
     const ptrdiff_t tiles = (m + QZ_FLOAT_ROWS - 1) / QZ_FLOAT_ROWS;
     for (ptrdiff_t tile = 0; tile < tiles; tile++) {
         const ptrdiff_t first = m * tile / tiles, last = m * (tile + 1) / tiles;
@@ -275,12 +286,21 @@ QZ_INLINE void load_panel_scales(panel_scales *to, const qz_matmul_job *job, ptr
     const ptrdiff_t groups = job->columns / job->group_size;
     const char *s = from->scales + first * from->scale_row_stride;
     const char *b = from->biases + first * from->bias_row_stride;
-    float one[QZ_FLOAT_PANEL_T / 32];
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        QZ_NAME(load)(one, s + r * from->scale_row_stride, from->scale_group_stride, from->scale_type, groups);
-        for (ptrdiff_t g = 0; g < groups; g++) to->scales[g][r] = one[g];
-        QZ_NAME(load)(one, b + r * from->bias_row_stride, from->bias_group_stride, from->bias_type, groups);
-        for (ptrdiff_t g = 0; g < groups; g++) to->biases[g][r] = one[g];
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        QZ_NAME(load)(to->scales[g], s + g * from->scale_group_stride, from->scale_row_stride, from->scale_type, rows);
+        QZ_NAME(load)(to->biases[g], b + g * from->bias_group_stride, from->bias_row_stride, from->bias_type, rows);
+    }
+}
+
+/* Asks for what the panel of the next k needs of the first `rows` rows, while this one is multiplied. */
+QZ_INLINE void prefetch_panel(const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t rows, int bits) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t groups = job->columns / job->group_size;
+    for (ptrdiff_t r = first; r < first + rows; r++) {
+        const uint8_t *next = job->w + r * job->w_row_stride + job->columns * bits / 8;
+        for (int i = 0; i < QZ_FLOAT_PANEL_T * bits / 8; i += 64) __builtin_prefetch(next + i);
+        __builtin_prefetch(from->scales + r * from->scale_row_stride + groups * from->scale_group_stride);
+        __builtin_prefetch(from->biases + r * from->bias_row_stride + groups * from->bias_group_stride);
     }
 }
 
@@ -339,6 +359,7 @@ QZ_INLINE void float_prefill_t(const qz_matmul_job *job, int bits) {
         const ptrdiff_t rows = job->rows - first < QZ_ACROSS ? job->rows - first : QZ_ACROSS;
         load_panel_scales(&scales, job, first, rows);
         decode_panel_t(panel, &scales, job, job->w + first * job->w_row_stride, rows, bits);
+        prefetch_panel(job, first, rows, bits);
         multiply_panel(job->y + first, QZ_FLOAT_OUTPUTS, panel, job->x, job->x_stride, job->columns, job->m);
     }
 }
