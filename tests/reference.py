@@ -530,7 +530,8 @@ def bound_float(x, codes, scales, biases, group_size, transpose):
     output by that much of sum |x|*(|s|*q + |b|). A product in the subnormal range is off by 2^-150 instead: one for the
     weight (counted |x| times) and two for each k. Codes multiplied first may be 2^i times as large, and x as much
     smaller, so that 2^i * q < 2^16: what x loses if that makes it subnormal, up to 2^-150, counts 2^16 |s| times.
-    (q*x is then exact: a multiple of 2^-149.) exact64's own error is included. For a result rounded to a 16-bit kind add `half_ulp(abs(exact64) + bound, kind)`.
+    (q*x is then exact: a multiple of 2^-149.) exact64's own error is included. For a result rounded to a 16-bit kind
+    add `half_ulp(abs(exact64) + bound, kind)`.
     """
     x64 = np.abs(np.asarray(x, np.float64))
     q = np.asarray(codes).astype(np.float64)
