@@ -528,8 +528,10 @@ def bound_float(x, codes, scales, biases, group_size, transpose):
 
     D = `roundings_float` factors of at most 1 + U each change every summand by at most ((1 + U)^D - 1) of itself, so an
     output by that much of sum |x|*(|s|*q + |b|). A product in the subnormal range is off by 2^-150 instead: one for the
-    weight (counted |x| times) and two for each k. (q*x is then exact: a multiple of 2^-149.) exact64's own error is
-    included. For a result rounded to a 16-bit kind add `half_ulp(abs(exact64) + bound, kind)`.
+    weight (counted |x| times) and two for each k. Codes multiplied first may be 2^i times as large, and x as much
+    smaller, so that 2^i * q < 2^16: what x loses if that makes it subnormal, up to 2^-150, counts 2^16 |s| times.
+    (q*x is then exact: a multiple of 2^-149.) exact64's own error is included. For a result rounded to a 16-bit kind
+    add `half_ulp(abs(exact64) + bound, kind)`.
     """
     x64 = np.abs(np.asarray(x, np.float64))
     q = np.asarray(codes).astype(np.float64)
@@ -539,6 +541,9 @@ def bound_float(x, codes, scales, biases, group_size, transpose):
         sizes = x64 @ turn(weights64(codes, s, b, group_size))
         factor = np.expm1(roundings_float(x64.shape[1]) * np.log1p(U))
         underflow = 2.0**-149 * (x64.sum(axis=1) + x64.shape[1])[:, None]
+        underflow = underflow + 2.0**-134 * turn(weights64(np.ones_like(codes), s, np.zeros_like(b), group_size)).sum(
+            axis=0
+        )
         error = sizes * factor + underflow + error64(x, codes, scales, biases, group_size, transpose)
         overflows = np.maximum(sizes + error, np.maximum(x64 @ turn(q), x64.sum(axis=1)[:, None])) >= 2.0**127
         return np.where(overflows | ~np.isfinite(error), np.inf, error)

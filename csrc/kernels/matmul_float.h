@@ -23,6 +23,15 @@ QZ_INLINE v_i32 load_words(const uint8_t *packed, int bits) {
 /* ---- few rows of x, weights [N, K] --------------------------------------------------------------------------------
  */
 
+/* Codes are masked where they stand in their half of a word, which makes them 2^QZ_PLACE times as large, and x is
+ * divided by as much beforehand: one shift a word, and no shuffle. */
+#define QZ_PLACE(j, width) ((j) * (width) % 16)
+
+QZ_INLINE v_f32 code_in_place(v_i32 words, int j, int width) {
+    if (j * width >= 16) words = shr_u32(words, 16);
+    return f32_from_i32(and_i32(words, set1_i32(((1 << width) - 1) << QZ_PLACE(j, width))));
+}
+
 /* A prepared row: x padded with zeros to whole vectors of words, place [j][lane] of each for code j of the lane's word;
  * then sum(x) of each group, padded with zeros to whole vectors. */
 QZ_INLINE ptrdiff_t padded_to(ptrdiff_t count, ptrdiff_t unit) { return (count + unit - 1) / unit * unit; }
@@ -39,7 +48,8 @@ QZ_INLINE void prepare_float_row(float *to, const float *x, ptrdiff_t k, ptrdiff
         const float *from = x + at;
         if (at + runs > k) from = memcpy(padding, from, (size_t)(k - at) * sizeof *x);
         for (int j = 0; j < run; j++) {
-            for (int lane = 0; lane < QZ_LANES; lane++) to[at + j * QZ_LANES + lane] = from[lane * run + j];
+            const float place = 1.0f / (float)(1 << QZ_PLACE(j, QZ_WIDTH(bits)));
+            for (int lane = 0; lane < QZ_LANES; lane++) to[at + j * QZ_LANES + lane] = from[lane * run + j] * place;
         }
     }
     memset(sums, 0, (size_t)padded_to(k / group_size, QZ_LANES) * sizeof *sums);
@@ -55,49 +65,59 @@ QZ_INLINE void prepare_float_row(float *to, const float *x, ptrdiff_t k, ptrdiff
 }
 
 /* Rows of x that share the decoding of a weight, and the groups whose scales are loaded at a time: whole vectors of
- * words at every width. */
-enum { QZ_SHARING = 4, QZ_GROUPS = 64 };
+ * words at every width. One row of x is multiplied by several rows of weights at a time, which share its loads and what
+ * begins and ends a row. */
+enum { QZ_SHARING = 4, QZ_GROUPS = 64, QZ_LINES = 2 };
 
 /* Weights come from memory once; the distance crosses row ends, as rows mostly follow each other. */
 enum { QZ_PREFETCH_FLOAT = 4096 };
 
 QZ_INLINE int log2_of(ptrdiff_t power_of_two) { return __builtin_ctzll((unsigned long long)power_of_two); }
 
-/* One weight row times `rows` rows of x, summed up in the lanes of totals. */
-typedef struct float_row {
-    const char *x; /* prepared rows, from the chunk on */
+/* Some groups of `lines` weight rows and what they are multiplied by: prepared rows, from these groups on. Scales are
+ * padded with zeros. */
+typedef struct chunk {
+    const char *x;
     ptrdiff_t x_stride;
-    const float *scales; /* of the chunk's groups, padded with zeros */
-    int group_shift;     /* log2 of the group size */
-} float_row;
+    const uint8_t *w;
+    ptrdiff_t w_row_stride;
+    float scales[QZ_LINES][QZ_GROUPS + QZ_LANES], biases[QZ_GROUPS + QZ_LANES];
+    int group_shift; /* log2 of the group size */
+} chunk;
 
-/* Adds sum(q x) s over one vector of words. Chains of sums are short, and few rows have two. */
-QZ_INLINE void add_words(v_f32 *totals, v_i32 words, const char *x, ptrdiff_t x_stride, v_f32 scales, int rows,
-                         int bits) {
-    const int chains = rows > 2 ? 1 : 2, run = QZ_RUN(bits);
-    v_f32 sums[QZ_SHARING][2];
+/* Adds sum(q x) s over one vector of words of each line. Chains of sums are short, and few sums have two. */
+QZ_INLINE void add_words(v_f32 (*totals)[QZ_SHARING], v_i32 *words, const char *x, ptrdiff_t x_stride,
+                         const v_f32 *scales, int lines, int rows, int bits) {
+    const int chains = lines * rows > 2 ? 1 : 2, run = QZ_RUN(bits);
+    v_f32 sums[QZ_LINES][QZ_SHARING][2];
     QZ_UNROLL
     for (int j = 0; j < run; j++) {
-        const v_f32 codes = f32_of_code(words, j, QZ_WIDTH(bits));
         QZ_UNROLL
-        for (int m = 0; m < rows; m++) {
-            const v_f32 value = load_f32((const float *)(x + m * x_stride) + j * QZ_LANES);
-            v_f32 *sum = &sums[m][j % chains];
+        for (int i = 0; i < lines * rows; i++) {
+            const v_f32 value = load_f32((const float *)(x + i % rows * x_stride) + j * QZ_LANES);
+            const v_f32 codes = code_in_place(words[i / rows], j, QZ_WIDTH(bits));
+            v_f32 *sum = &sums[i / rows][i % rows][j % chains];
             *sum = j < chains ? mul_f32(codes, value) : fma_f32(codes, value, *sum);
         }
     }
     QZ_UNROLL
-    for (int m = 0; m < rows; m++) {
-        const v_f32 sum = chains == 2 ? add_f32(sums[m][0], sums[m][1]) : sums[m][0];
-        totals[m] = fma_f32(sum, scales, totals[m]);
+    for (int i = 0; i < lines * rows; i++) {
+        const v_f32 *sum = sums[i / rows][i % rows];
+        v_f32 *total = &totals[i / rows][i % rows];
+        *total = fma_f32(chains == 2 ? add_f32(sum[0], sum[1]) : sum[0], scales[i / rows], *total);
     }
 }
 
+/* Whether no vector of words has several groups. A loop for either case spends no instructions on the other. */
+QZ_INLINE int scale_is_shared(int group_shift, int bits) {
+    return QZ_RUNS(bits) <= 32 || QZ_RUNS(bits) >> group_shift <= 1;
+}
+
 /* The scales of vector `i` of words, each for the lanes of its group. */
-QZ_INLINE v_f32 scales_of_words(const float_row *row, ptrdiff_t i, int bits) {
-    const ptrdiff_t runs = QZ_RUNS(bits), groups = runs >> row->group_shift;
-    if (groups <= 1) return set1_f32(row->scales[i * runs >> row->group_shift]);
-    v_f32 v = load_f32(row->scales + i * groups);
+QZ_INLINE v_f32 scales_of_words(const float *scales, int group_shift, ptrdiff_t i, int shared, int bits) {
+    const ptrdiff_t runs = QZ_RUNS(bits), groups = runs >> group_shift;
+    if (shared) return set1_f32(scales[i * runs >> group_shift]);
+    v_f32 v = load_f32(scales + i * groups);
     for (ptrdiff_t lanes = groups; lanes < QZ_LANES; lanes *= 2) v = double_lanes(v);
     return v;
 }
@@ -108,18 +128,64 @@ QZ_INLINE void prefetch_scales(const char *at, ptrdiff_t stride, ptrdiff_t group
     for (ptrdiff_t i = 0; i < groups * stride; i += 64) __builtin_prefetch(at + ahead * stride + i);
 }
 
-QZ_INLINE void add_chunk(v_f32 *totals, const float_row *row, const uint8_t *w, ptrdiff_t codes, int rows, int bits) {
-    const ptrdiff_t runs = QZ_RUNS(bits), bytes = runs * bits / 8, whole = codes / runs;
-    for (ptrdiff_t i = 0; i < whole; i++) {
-        __builtin_prefetch(w + i * bytes + QZ_PREFETCH_FLOAT);
-        add_words(totals, load_words(w + i * bytes, bits), row->x + i * runs * (ptrdiff_t)sizeof(float), row->x_stride,
-                  scales_of_words(row, i, bits), rows, bits);
+/* Adds the first `count` vectors of words. */
+QZ_INLINE void add_vectors(v_f32 (*totals)[QZ_SHARING], const chunk *c, ptrdiff_t count, int lines, int rows,
+                           int shared, int bits) {
+    const ptrdiff_t runs = QZ_RUNS(bits), bytes = runs * bits / 8;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        v_i32 words[QZ_LINES];
+        v_f32 scales[QZ_LINES];
+        QZ_UNROLL
+        for (int r = 0; r < lines; r++) {
+            const uint8_t *w = c->w + r * c->w_row_stride + i * bytes;
+            __builtin_prefetch(w + QZ_PREFETCH_FLOAT);
+            words[r] = load_words(w, bits);
+            scales[r] = scales_of_words(c->scales[r], c->group_shift, i, shared, bits);
+        }
+        add_words(totals, words, c->x + i * runs * (ptrdiff_t)sizeof(float), c->x_stride, scales, lines, rows, bits);
     }
-    if (codes % runs) {
+}
+
+QZ_INLINE void add_chunk(v_f32 (*totals)[QZ_SHARING], const chunk *c, ptrdiff_t codes, int lines, int rows, int bits) {
+    const ptrdiff_t runs = QZ_RUNS(bits), whole = codes / runs;
+    const int shared = scale_is_shared(c->group_shift, bits);
+    if (shared) {
+        add_vectors(totals, c, whole, lines, rows, 1, bits);
+    } else {
+        add_vectors(totals, c, whole, lines, rows, 0, bits);
+    }
+    if (codes % runs == 0) return;
+    v_i32 words[QZ_LINES];
+    v_f32 scales[QZ_LINES];
+    QZ_UNROLL
+    for (int r = 0; r < lines; r++) {
         uint8_t last[4 * QZ_LANES] = {0};
-        memcpy(last, w + whole * bytes, (size_t)(codes % runs * bits / 8));
-        add_words(totals, load_words(last, bits), row->x + whole * runs * (ptrdiff_t)sizeof(float), row->x_stride,
-                  scales_of_words(row, whole, bits), rows, bits);
+        memcpy(last, c->w + r * c->w_row_stride + whole * runs * bits / 8, (size_t)(codes % runs * bits / 8));
+        words[r] = load_words(last, bits);
+        scales[r] = scales_of_words(c->scales[r], c->group_shift, whole, shared, bits);
+    }
+    add_words(totals, words, c->x + whole * runs * (ptrdiff_t)sizeof(float), c->x_stride, scales, lines, rows, bits);
+}
+
+/* Loads the scales of row r of a chunk, of `groups` groups from `first` on, and adds b sum(x). */
+QZ_INLINE void begin_line(v_f32 *totals, chunk *c, int line, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
+                          ptrdiff_t groups, int rows, int bits) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t padded = padded_to(job->columns, QZ_RUNS(bits)), group_bytes = job->group_size * bits / 8;
+    const char *s = from->scales + r * from->scale_row_stride + first * from->scale_group_stride;
+    const char *b = from->biases + r * from->bias_row_stride + first * from->bias_group_stride;
+    if (groups % QZ_LANES) memset(c->scales[line] + groups, 0, QZ_LANES * sizeof(float));
+    if (groups % QZ_LANES) memset(c->biases + groups, 0, QZ_LANES * sizeof(float));
+    prefetch_scales(s, from->scale_group_stride, groups, group_bytes);
+    prefetch_scales(b, from->bias_group_stride, groups, group_bytes);
+    QZ_NAME(load)(c->scales[line], s, from->scale_group_stride, from->scale_type, groups);
+    QZ_NAME(load)(c->biases, b, from->bias_group_stride, from->bias_type, groups);
+    for (ptrdiff_t i = 0; i < groups; i += QZ_LANES) {
+        QZ_UNROLL
+        for (int m = 0; m < rows; m++) {
+            const float *sums = (const float *)(job->x + m * job->x_stride) + padded + first;
+            totals[m] = fma_f32(load_f32(c->biases + i), load_f32(sums + i), totals[m]);
+        }
     }
 }
 
@@ -132,50 +198,45 @@ QZ_INLINE float sum_of_lanes(v_f32 v) {
     return lanes[0];
 }
 
-/* One weight row times up to QZ_SHARING rows of x. */
-QZ_INLINE void multiply_float_row(float *y, const qz_matmul_job *job, ptrdiff_t r, int rows, int bits) {
-    const qz_scales *from = &job->scales;
-    const ptrdiff_t groups = job->columns / job->group_size, padded = padded_to(job->columns, QZ_RUNS(bits));
-    const uint8_t *w = job->w + r * job->w_row_stride;
-    const char *s = from->scales + r * from->scale_row_stride, *b = from->biases + r * from->bias_row_stride;
-    float scales[QZ_GROUPS + QZ_LANES] = {0}, biases[QZ_GROUPS + QZ_LANES] = {0};
-    v_f32 totals[QZ_SHARING];
+/* `lines` weight rows from row r on times up to QZ_SHARING rows of x. */
+QZ_INLINE void multiply_float_rows(float *y, const qz_matmul_job *job, ptrdiff_t r, int lines, int rows, int bits) {
+    const ptrdiff_t groups = job->columns / job->group_size;
+    v_f32 totals[QZ_LINES][QZ_SHARING];
+    chunk c;
+    c.x_stride = job->x_stride;
+    c.w_row_stride = job->w_row_stride;
+    c.group_shift = log2_of(job->group_size);
     QZ_UNROLL
-    for (int m = 0; m < rows; m++) totals[m] = set1_f32(0.0f);
+    for (int i = 0; i < lines * rows; i++) totals[i / rows][i % rows] = set1_f32(0.0f);
     for (ptrdiff_t first = 0; first < groups; first += QZ_GROUPS) {
         const ptrdiff_t some = groups - first < QZ_GROUPS ? groups - first : QZ_GROUPS, k = first * job->group_size;
-        if (some % QZ_LANES) memset(scales + some, 0, QZ_LANES * sizeof *scales);
-        if (some % QZ_LANES) memset(biases + some, 0, QZ_LANES * sizeof *biases);
-        prefetch_scales(s + first * from->scale_group_stride, from->scale_group_stride, some,
-                        job->group_size * bits / 8);
-        prefetch_scales(b + first * from->bias_group_stride, from->bias_group_stride, some, job->group_size * bits / 8);
-        QZ_NAME(load)(scales, s + first * from->scale_group_stride, from->scale_group_stride, from->scale_type, some);
-        QZ_NAME(load)(biases, b + first * from->bias_group_stride, from->bias_group_stride, from->bias_type, some);
-        for (ptrdiff_t i = 0; i < some; i += QZ_LANES) {
-            QZ_UNROLL
-            for (int m = 0; m < rows; m++) {
-                const float *sums = (const float *)(job->x + m * job->x_stride) + padded + first;
-                totals[m] = fma_f32(load_f32(biases + i), load_f32(sums + i), totals[m]);
-            }
-        }
-        const float_row row = {job->x + k * (ptrdiff_t)sizeof(float), job->x_stride, scales, log2_of(job->group_size)};
-        add_chunk(totals, &row, w + k * bits / 8, some * job->group_size, rows, bits);
+        c.x = job->x + k * (ptrdiff_t)sizeof(float);
+        c.w = job->w + r * job->w_row_stride + k * bits / 8;
+        QZ_UNROLL
+        for (int i = 0; i < lines; i++) begin_line(totals[i], &c, i, job, r + i, first, some, rows, bits);
+        add_chunk(totals, &c, some * job->group_size, lines, rows, bits);
     }
     QZ_UNROLL
-    for (int m = 0; m < rows; m++) y[m * QZ_FLOAT_OUTPUTS] = sum_of_lanes(totals[m]);
+    for (int i = 0; i < lines * rows; i++) {
+        y[i % rows * QZ_FLOAT_OUTPUTS + r + i / rows] = sum_of_lanes(totals[i / rows][i % rows]);
+    }
 }
 
 QZ_INLINE void float_decode_t(const qz_matmul_job *job, int bits) {
     for (ptrdiff_t m = 0; m < job->m; m += QZ_SHARING) {
         qz_matmul_job some = *job;
+        float *y = job->y + m * QZ_FLOAT_OUTPUTS;
+        ptrdiff_t r = 0;
         some.x += m * job->x_stride;
-        for (ptrdiff_t r = 0; r < job->rows; r++) {
-            float *y = job->y + m * QZ_FLOAT_OUTPUTS + r;
+        if (job->m - m == 1) {
+            for (; r + QZ_LINES <= job->rows; r += QZ_LINES) multiply_float_rows(y, &some, r, QZ_LINES, 1, bits);
+        }
+        for (; r < job->rows; r++) {
             switch (job->m - m) {
-            case 1: multiply_float_row(y, &some, r, 1, bits); break;
-            case 2: multiply_float_row(y, &some, r, 2, bits); break;
-            case 3: multiply_float_row(y, &some, r, 3, bits); break;
-            default: multiply_float_row(y, &some, r, 4, bits);
+            case 1: multiply_float_rows(y, &some, r, 1, 1, bits); break;
+            case 2: multiply_float_rows(y, &some, r, 1, 2, bits); break;
+            case 3: multiply_float_rows(y, &some, r, 1, 3, bits); break;
+            default: multiply_float_rows(y, &some, r, 1, 4, bits);
             }
         }
     }
@@ -253,9 +314,10 @@ static void multiply_rows(float *y, ptrdiff_t pitch, const float *panel, const c
     }
 }
 
-/* All rows of x times a panel, in tiles of nearly the same height: a low tile takes as long as a higher one. */
-static void multiply_panel(float *y, ptrdiff_t pitch, const float *panel, const char *x, ptrdiff_t x_stride,
-                           ptrdiff_t count, ptrdiff_t m) {
+/* All rows of x times a panel, in tiles of nearly the same height: a low tile takes as long as a higher one. Not
+ * inline: gcc would keep constants of the decoding in registers that the sums need. */
+static __attribute__((noinline)) void multiply_panel(float *y, ptrdiff_t pitch, const float *panel, const char *x,
+                                                     ptrdiff_t x_stride, ptrdiff_t count, ptrdiff_t m) {
     const ptrdiff_t tiles = (m + QZ_FLOAT_ROWS - 1) / QZ_FLOAT_ROWS;
     for (ptrdiff_t tile = 0; tile < tiles; tile++) {
         const ptrdiff_t first = m * tile / tiles, last = m * (tile + 1) / tiles;
@@ -275,12 +337,21 @@ QZ_INLINE void load_panel_scales(panel_scales *to, const qz_matmul_job *job, ptr
     const ptrdiff_t groups = job->columns / job->group_size;
     const char *s = from->scales + first * from->scale_row_stride;
     const char *b = from->biases + first * from->bias_row_stride;
-    float one[QZ_FLOAT_PANEL_T / 32];
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        QZ_NAME(load)(one, s + r * from->scale_row_stride, from->scale_group_stride, from->scale_type, groups);
-        for (ptrdiff_t g = 0; g < groups; g++) to->scales[g][r] = one[g];
-        QZ_NAME(load)(one, b + r * from->bias_row_stride, from->bias_group_stride, from->bias_type, groups);
-        for (ptrdiff_t g = 0; g < groups; g++) to->biases[g][r] = one[g];
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        QZ_NAME(load)(to->scales[g], s + g * from->scale_group_stride, from->scale_row_stride, from->scale_type, rows);
+        QZ_NAME(load)(to->biases[g], b + g * from->bias_group_stride, from->bias_row_stride, from->bias_type, rows);
+    }
+}
+
+/* Asks for what the panel of the next k needs of the first `rows` rows, while this one is multiplied. */
+QZ_INLINE void prefetch_panel(const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t rows, int bits) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t groups = job->columns / job->group_size;
+    for (ptrdiff_t r = first; r < first + rows; r++) {
+        const uint8_t *next = job->w + r * job->w_row_stride + job->columns * bits / 8;
+        for (int i = 0; i < QZ_FLOAT_PANEL_T * bits / 8; i += 64) __builtin_prefetch(next + i);
+        __builtin_prefetch(from->scales + r * from->scale_row_stride + groups * from->scale_group_stride);
+        __builtin_prefetch(from->biases + r * from->bias_row_stride + groups * from->bias_group_stride);
     }
 }
 
@@ -339,6 +410,7 @@ QZ_INLINE void float_prefill_t(const qz_matmul_job *job, int bits) {
         const ptrdiff_t rows = job->rows - first < QZ_ACROSS ? job->rows - first : QZ_ACROSS;
         load_panel_scales(&scales, job, first, rows);
         decode_panel_t(panel, &scales, job, job->w + first * job->w_row_stride, rows, bits);
+        prefetch_panel(job, first, rows, bits);
         multiply_panel(job->y + first, QZ_FLOAT_OUTPUTS, panel, job->x, job->x_stride, job->columns, job->m);
     }
 }

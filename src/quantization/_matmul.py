@@ -197,12 +197,12 @@ def affine_qmm_t(
     of 64 or 128 and 6 bits in groups of 32) or 15, plus about one float32 rounding per block, as long as no scale is
     within a factor 2^31 of overflowing float32.
 
-    With accumulate="float" the result is the same bits for every number of threads on one instruction set, but not
-    across instruction sets or values of M. As long as no sum of |x|*code or |x|*(|scale|*code + |bias|) overflows
-    float32, its error is at most (min(K, 256) + K/14 + 80) * 2^-24 * sum(|x| * (|scale|*code + |bias|)), beside what
-    underflow takes from subnormal products, and usually far less. NaN and infinities in x, scales and biases go where
-    IEEE arithmetic takes them: an output that one has a share in is not finite, though it may be NaN where exact
-    arithmetic has an infinity, as where its code is 0.
+    With accumulate="float" the result is the same bits for every number of threads, and each time, for given shapes on
+    one instruction set, but not across instruction sets or values of M. As long as no sum of |x|*code or
+    |x|*(|scale|*code + |bias|) overflows float32, its error is at most (min(K, 256) + K/14 + 80) * 2^-24 * sum(|x| *
+    (|scale|*code + |bias|)), beside what underflow takes from subnormal x and products, and usually far less. NaN and
+    infinities in x, scales and biases go where IEEE arithmetic takes them: an output that one has a share in is not
+    finite, though it may be NaN where exact arithmetic has an infinity, as where its code is 0.
 
     Examples
     --------
