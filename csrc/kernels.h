@@ -23,7 +23,7 @@ enum {
 /* The float class: outputs of a tile at most, _t and _n, which is also the pitch of y; k of a job at most where weights
  * are decoded first, multiples of every group size. Up to QZ_FLOAT_FEW rows of x, _t multiplies codes as they are. */
 enum {
-    QZ_FLOAT_OUTPUTS = 32,
+    QZ_FLOAT_OUTPUTS = 64,
     QZ_FLOAT_OUTPUTS_N = 128,
     QZ_FLOAT_PANEL_T = 256,
     QZ_FLOAT_PANEL_N = 128,
