@@ -1,10 +1,9 @@
 /* x as digit planes, the form in which the vector kernels of the exact class read it.
  *
  * The kernels take codes in steps: of as many vectors as one vector of packed bytes unfolds to (unpack_folded), or of
- * as many such as fill a block. A prepared row holds, for k padded to whole vectors of sums, for every step and digit,
- * lowest first, the digits in the order of the step's codes; then five numbers per block (see below). Padding blocks
- * are zero throughout, so that their terms are +0: adding +0 changes no sum, since a sum that starts at +0 is never -0.
- */
+ * as many such as fill a block. A prepared row holds, for every step and digit, lowest first, the digits in the order
+ * of the step's codes; then four numbers per block (see below). It has room for a multiple of QZ_LANES blocks, which
+ * are whole steps: the last step may reach beyond k, where digits are zero and sums are left alone. */
 
 #define QZ_VECTOR_BYTES (4 * QZ_LANES)
 
@@ -25,7 +24,7 @@ QZ_INLINE ptrdiff_t padded_blocks(ptrdiff_t k, int block) { return (k / block + 
 
 QZ_INLINE size_t planes_size(ptrdiff_t k, int block, int digits) {
     size_t blocks = (size_t)padded_blocks(k, block);
-    return (blocks * (size_t)(block * digits) + blocks * 20 + 63) / 64 * 64;
+    return (blocks * (size_t)(block * digits) + blocks * 16 + 63) / 64 * 64;
 }
 
 QZ_INLINE planes planes_at(const char *prepared, ptrdiff_t k, int block, int digits) {
