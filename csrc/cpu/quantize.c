@@ -1,5 +1,6 @@
 /* Both ways between floats and codes: rows are cut into pieces of whole groups, so that one long row is shared by the
- * threads too. Arrays that lie in memory order are read and written in place; others go through copies in L1. */
+ * threads too. Floats, and codes to be decoded, that lie in memory order are used in place; all else goes through
+ * copies in L1. */
 #include <string.h>
 
 #include "cpu.h"
@@ -15,11 +16,11 @@ typedef struct span {
 } span;
 
 typedef struct cut {
-    ptrdiff_t rows, groups_per_row, groups_per_piece, pieces_per_row;
+    ptrdiff_t groups_per_row, groups_per_piece, pieces_per_row;
 } cut;
 
-static cut cut_rows(ptrdiff_t rows, ptrdiff_t groups_per_row, ptrdiff_t group_size, ptrdiff_t piece) {
-    cut c = {rows, groups_per_row, piece / group_size, 0};
+static cut cut_rows(ptrdiff_t groups_per_row, ptrdiff_t group_size, ptrdiff_t piece) {
+    cut c = {groups_per_row, piece / group_size, 0};
     c.pieces_per_row = (groups_per_row + c.groups_per_piece - 1) / c.groups_per_piece;
     return c;
 }
@@ -106,7 +107,7 @@ qz_status qz_cpu_quantize(const qz_plan *plan, const qz_quantize_args *args, con
     merge_rows(&j.args.w, &j.args.codes, &j.args.scales, &j.args.biases, j.group_bits);
     ptrdiff_t rows = qz_count(&j.args.w, j.args.w.ndim - 1), groups = qz_last(&j.args.scales);
     if (rows == 0 || groups == 0) return QZ_OK;
-    j.cut = cut_rows(rows, groups, j.group_size, COPIED);
+    j.cut = cut_rows(groups, j.group_size, COPIED);
     return qz_parallel(quantize_pieces, &j, rows * j.cut.pieces_per_row, grain_of(&j.cut, j.group_size), run);
 }
 
@@ -181,7 +182,7 @@ qz_status qz_cpu_dequantize(const qz_plan *plan, const qz_dequantize_args *args,
     ptrdiff_t rows = qz_count(&j.args.codes, j.args.codes.ndim - 1), groups = qz_last(&j.args.scales);
     if (rows == 0 || groups == 0) return QZ_OK;
     j.in_place = is_adjacent(&j.args.w) && is_adjacent(&j.args.codes);
-    j.cut = cut_rows(rows, groups, j.group_size, j.in_place ? IN_PLACE : COPIED);
+    j.cut = cut_rows(groups, j.group_size, j.in_place ? IN_PLACE : COPIED);
     j.stream = rows * groups * j.group_size * (args->w.type == QZ_F32 ? 4 : 2) >= QZ_STREAM_FROM;
     return qz_parallel(dequantize_pieces, &j, rows * j.cut.pieces_per_row, grain_of(&j.cut, j.group_size), run);
 }
