@@ -1,6 +1,5 @@
 #include "../arch.h"
 #if QZ_X86_64
-#include <float.h>
 #include <math.h>
 #include <string.h>
 

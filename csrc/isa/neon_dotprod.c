@@ -1,6 +1,5 @@
 #include "../arch.h"
 #if QZ_AARCH64
-#include <float.h>
 #include <math.h>
 #include <string.h>
 

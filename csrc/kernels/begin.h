@@ -1,5 +1,4 @@
 /* Opens a unit of csrc/isa/: QZ_ISA_NAME must be defined, and the vector header included, before this. */
-#include <float.h>
 #include <math.h>
 
 #include "../arch.h"
