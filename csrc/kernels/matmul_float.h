@@ -1,7 +1,7 @@
 /* The float class of matmul: plain float32 sums over vectors, multiplications and additions fused where the ISA does
- * so. What comes out depends on the ISA, and on whether rows of x are few, but on nothing else. tests/reference.py
- * derives the error bound (bound_float) from the orders of addition here; NaN and Inf go where IEEE arithmetic takes
- * them.
+ * so. What comes out depends on the ISA and, by the height of the tiles that rows of x fall into, on how many rows
+ * there are. tests/reference.py derives the error bound (bound_float) from the orders of addition here; NaN and Inf go
+ * where IEEE arithmetic takes them.
  *
  * Few rows of x, y = x Wᵀ: the codes of a vector are multiplied as they are, and scale and bias come in once a group:
  * s sum(q x) + b sum(x). All else: a panel of weights s q + b is decoded to float, lanes being outputs, and multiplied
@@ -20,8 +20,7 @@ QZ_INLINE v_i32 load_words(const uint8_t *packed, int bits) {
     return load_i32((const int32_t *)codes);
 }
 
-/* ---- few rows of x, weights [N, K] --------------------------------------------------------------------------------
- */
+/* ---- few rows of x, weights [N, K] ---- */
 
 /* Codes are masked where they stand in their half of a word, which makes them 2^QZ_PLACE times as large, and x is
  * divided by as much beforehand: one shift a word, and no shuffle. */
@@ -85,7 +84,7 @@ typedef struct chunk {
     int group_shift; /* log2 of the group size */
 } chunk;
 
-/* Adds sum(q x) s over one vector of words of each line. Chains of sums are short, and few sums have two. */
+/* Adds sum(q x) s over one vector of words of each line. Chains are short; where sums are few, each has two. */
 QZ_INLINE void add_words(v_f32 (*totals)[QZ_SHARING], v_i32 *words, const char *x, ptrdiff_t x_stride,
                          const v_f32 *scales, int lines, int rows, int bits) {
     const int chains = lines * rows > 2 ? 1 : 2, run = QZ_RUN(bits);
@@ -167,7 +166,7 @@ QZ_INLINE void add_chunk(v_f32 (*totals)[QZ_SHARING], const chunk *c, ptrdiff_t 
     add_words(totals, words, c->x + whole * runs * (ptrdiff_t)sizeof(float), c->x_stride, scales, lines, rows, bits);
 }
 
-/* Loads the scales of row r of a chunk, of `groups` groups from `first` on, and adds b sum(x). */
+/* Makes weight row r a line of the chunk: loads its scales of `groups` groups from `first` on, and adds b sum(x). */
 QZ_INLINE void begin_line(v_f32 *totals, chunk *c, int line, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
                           ptrdiff_t groups, int rows, int bits) {
     const qz_scales *from = &job->scales;
@@ -242,8 +241,7 @@ QZ_INLINE void float_decode_t(const qz_matmul_job *job, int bits) {
     }
 }
 
-/* ---- panels and tiles ---------------------------------------------------------------------------------------------
- */
+/* ---- panels and tiles ---- */
 
 /* A panel is QZ_ACROSS outputs wide, two vectors, and as long in k as the job. Two vectors of sums for each row of x
  * fill the registers but for the panel's vectors and x. */
@@ -355,7 +353,7 @@ QZ_INLINE void prefetch_panel(const qz_matmul_job *job, ptrdiff_t first, ptrdiff
     }
 }
 
-/* Words that hold the same k of QZ_LANES rows, in `count` vectors. */
+/* Words of QZ_LANES rows: vector i gets word i of each. */
 QZ_INLINE void load_words_of_rows(v_i32 *words, const uint8_t *w, ptrdiff_t row_stride, int bits) {
     v_f32 lines[QZ_LANES];
     QZ_UNROLL
