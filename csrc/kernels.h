@@ -120,7 +120,8 @@ typedef struct qz_kernels {
     const char *matmul_note; /* how the exact class is computed, for the repr of a compiled kernel */
     void (*load)(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count);
     void (*store)(char *to, ptrdiff_t stride, qz_type type, const float *from, ptrdiff_t count);
-    /* x is of any type but float64, in memory order; float16 and bfloat16 need no alignment. y may be x. */
+    /* x is of any type but float64, in memory order; float16 and bfloat16 need no alignment. y may be x. stream:
+       stores bypass the caches; y is not x then. */
     void (*fake_quantize)(float *y, const char *x, qz_type type, ptrdiff_t count, int bits, int stream);
     const qz_format_kernels *(*format)(int format, int group_slot);
     qz_probe_kernels probe;

@@ -1,8 +1,7 @@
 /* The exact class of matmul on vectors. What a result is, bit for bit, is said by kernels/matmul_definition.h; these
  * kernels do the same float operations in the same order and get the integers from exact dots of digit planes. */
 
-/* ---- y = x Wᵀ: weights [N, K], groups along K ---------------------------------------------------------------------
- */
+/* ---- y = x Wᵀ: weights [N, K], groups along K ---- */
 
 /* The places in a row of weights, and of its scales, where a chunk of QZ_LANES blocks begins. */
 typedef struct row_t {

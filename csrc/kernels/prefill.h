@@ -1,5 +1,6 @@
-/* y = x Wᵀ for many rows of x. The codes of QZ_TILE_OUTPUTS weight rows are unpacked and transposed once per chunk of
- * k, then multiplied with every row of x. Same integers and same float operations in the same order as in matmul.h. */
+/* y = x Wᵀ for many rows of x. The codes of QZ_TILE_OUTPUTS weight rows are unpacked and transposed once, a panel of
+ * k at a time, then multiplied with every row of x. Same integers and same float operations in the same order as in
+ * matmul.h. */
 
 /* Blocks of k in a panel, which stays in the first level of the caches while the rows of x pass by. */
 enum { QZ_PANEL_BLOCKS = 8, QZ_PANEL_K = QZ_PANEL_BLOCKS * QZ_MAX_BLOCK };
@@ -21,7 +22,8 @@ QZ_INLINE tile_codes codes_of_block(const panel_t *panel, int b, int block) {
     return codes;
 }
 
-/* Numbers of QZ_LANES weight rows become columns: QZ_PANEL_BLOCKS of them, of `type`, of which `count` are there. */
+/* Scales or biases of QZ_LANES weight rows become columns, from `first` on; each of the `blocks` blocks gets its
+ * group's. */
 QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char *from, const ptrdiff_t rows[QZ_LANES],
                             ptrdiff_t stride, qz_type type, int blocks, int per_group) {
     float numbers[QZ_LANES][QZ_PANEL_BLOCKS];

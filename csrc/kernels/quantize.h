@@ -2,8 +2,8 @@
  *
  * The algorithm is MLX's (mlx/backend/cpu/quantized.cpp and mlx/backend/metal/kernels/quantized.h): the range [lo, hi]
  * of the group is spread over n = 2^bits - 1 steps, anchored so that the edge of larger magnitude is code 0, and
- * stretched so that real 0 is a code. All in float32, with real divisions; codes come from the unrounded scale and
- * bias.
+ * stretched so that real 0 is a code. All in float32; codes come from the unrounded scale and bias, and are those
+ * of a real division even where steps_of does without.
  *
  * The profiles differ in two points. "cpu" rounds ties to even. "metal" rounds ties away from zero, and its hi is at
  * least 0, so that an all-negative group is spread over [lo, 0]. Groups with infinities, and those of NaN alone, follow

@@ -73,7 +73,7 @@ QZ_INLINE void set_strip_offsets(int32_t *offset, int32_t *offset_high, int32_t 
     *offset_high = wide ? (int32_t)top : 0;
 }
 
-/* Adds the dots of a block with one digit, of at most `most` in magnitude. x[r] points at the digits of the block. */
+/* Adds the dots of a block with one digit, which stands at x[r] + at and is at most `most` in magnitude. */
 QZ_INLINE void add_quads(tile_sums sums, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows, int quads,
                          int bits, int most) {
     (void)most; /* where all fit */

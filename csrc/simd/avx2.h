@@ -121,8 +121,10 @@ QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, i
 
 /* Tiles. Four rows of x by two vectors: eight sums, two vectors of codes, one of x and one product.
  *
- * v_sums: int16, two a lane, which take QZ_QUADS_TOGETHER quads of digits of at most `most`, a power of two or enough.
- * QZ_PAIRS: sums over int16 pairs are offered as well. */
+ * v_sums: int16, two a lane, which take QZ_QUADS_TOGETHER quads of digits of at most `most`: a power of two up to the
+ * 16 quads of the largest block, so that it divides every block or exceeds it.
+ * QZ_PAIRS: sums over int16 pairs are offered as well. pairs_of_quads makes codes less their centre int16, k = 4 i and
+ * 4 i + 1 in pairs[0] and the other two in pairs[1]; add_pair adds to each lane the two products of its int16. */
 #define QZ_TILE_M 4
 #define QZ_TILE_VECTORS 2
 #define QZ_PAIRS 1
@@ -130,7 +132,7 @@ QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, i
     ((bits) == 8                                          ? 1  \
      : (32767 / (2 * (most) * ((1 << (bits)) - 1))) >= 16 ? 16 \
                                                           : 32767 / (2 * (most) * ((1 << (bits)) - 1)))
-typedef __m256i v_sums; /* int16, two a lane */
+typedef __m256i v_sums;
 static inline v_sums no_sums(void) { return _mm256_setzero_si256(); }
 /* As assembly, since compilers keep a sum in one register through the loop only if they cannot see what is done to it.
  */
