@@ -1,4 +1,3 @@
-
 #include "cpu.h"
 #include "rows.h"
 #include "threads.h"

@@ -91,7 +91,7 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
     const chunk *c = context;
     _Alignas(64) float y[MAX_ROWS_T * QZ_PREFILL_ROWS];
     _Static_assert(QZ_TILE_ROWS <= QZ_PREFILL_ROWS && MAX_ROWS_N * QZ_TILE_COLUMNS <= MAX_ROWS_T * QZ_PREFILL_ROWS,
-                   "y");
+                   "y holds a tile of every kind");
     for (ptrdiff_t piece = begin; piece < end; piece++) {
         ptrdiff_t column = piece / c->parts * c->tile, part = piece % c->parts;
         ptrdiff_t first = c->m * part / c->parts, last = c->m * (part + 1) / c->parts;
@@ -164,8 +164,7 @@ static qz_status multiply_chunk(chunk *c, char *record, const qz_run *run) {
     return status == QZ_OK ? multiply_not_finite(c, record, run) : status;
 }
 
-/* ---- the matrices of a call ----------------------------------------------------------------------------------------
- */
+/* ---- the matrices of a call ---- */
 
 /* All scratch of a call, taken before anything is written: the prepared rows, one row for the definition, flags, and a
  * copy of the words of a matrix whose rows are not contiguous. */

@@ -8,8 +8,7 @@
 
 #include "../device.h"
 
-/* ---- module state
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- module state ---- */
 
 typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE, OP_KINDS, OP_ANY = OP_KINDS } op_kind;
 
@@ -59,8 +58,7 @@ PyObject *qz_list_ops(PyObject *module, PyObject *unused);
 PyObject *qz_list_devices(PyObject *module, PyObject *unused);
 PyObject *qz_explain_cpu_features(PyObject *module, PyObject *unused);
 
-/* ---- errors (check.c)
- * ------------------------------------------------------------------------------------------------- */
+/* ---- errors (check.c) ---- */
 
 /* Sets an exception that reads "op: message"; the format is PyUnicode_FromFormat's. Returns -1. */
 int qz_raise(PyObject *type, const char *op, const char *format, ...);
@@ -68,8 +66,7 @@ int qz_raise(PyObject *type, const char *op, const char *format, ...);
 /* A shape as Python writes it, "(2, 3)"; a new reference or NULL. */
 PyObject *qz_shape_text(const ptrdiff_t *shape, int ndim);
 
-/* ---- arrays (array.c, dlpack.c)
- * ------------------------------------------------------------------------------------------ */
+/* ---- arrays (array.c, dlpack.c) ---- */
 
 /* An array argument and what keeps its memory alive. Open with qz_open_view, which leaves all but the flags as it is:
  * to clear the kilobytes of a call's views would take longer than its checks. Release with qz_release. */
@@ -139,8 +136,7 @@ int qz_refuse_overlap(const call *c, const char *out_name, const view *out, cons
 /* Takes `object` through DLPack. 1: done; 0: it has no __dlpack__; -1: an exception is set. */
 int qz_take_dlpack(view *v, const call *c, const char *name, PyObject *object, int writable);
 
-/* ---- values (check.c)
- * ------------------------------------------------------------------------------------------------- */
+/* ---- values (check.c) ---- */
 
 /* An integer (__index__, not bool); None leaves *value alone and *given 0. */
 int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t *value, int *given);
@@ -177,8 +173,7 @@ ptrdiff_t qz_type_size(qz_type type);
 /* Number of elements of an array of this name; -1 with ValueError set if it does not fit. */
 ptrdiff_t qz_checked_count(const call *c, const char *name, const ptrdiff_t *shape, int ndim);
 
-/* ---- running (check.c)
- * -------------------------------------------------------------------------------------------------- */
+/* ---- running (check.c) ---- */
 
 typedef qz_status (*qz_operation)(const qz_plan *plan, const void *args, const qz_run *run);
 

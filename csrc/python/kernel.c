@@ -167,8 +167,7 @@ static PyObject *kernel_call(PyObject *object, PyObject *positions, PyObject *ke
     return result;
 }
 
-/* ---- the type
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- the type ---- */
 
 static PyObject *get_plan(PyObject *object, void *unused) {
     PyObject *plan = ((const kernel_object *)object)->plan;
