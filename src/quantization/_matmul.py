@@ -288,7 +288,7 @@ def affine_qmv(
     Parameters
     ----------
     x : array_like of float32, float16, bfloat16 or float64, shape (K,) or (..., M, K)
-        A vector as a rule, but any M gives the same bits per row.
+        A vector as a rule, but any M will do.
     w, scales, biases, group_size, bits, accumulate, activations, out, input_dtype
         As in `affine_qmm_t`.
     output_features : int, optional
