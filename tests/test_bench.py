@@ -540,8 +540,8 @@ def test_plot(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- peers
 
-# Unit roundoffs of what a class keeps: float32; bfloat16; a level of 127 by half a step, relative to the largest of a
-# block. A product's error is below (k + 3) of them on |x| |W|: products and sums, rounding of x and of y.
+# Unit roundoffs of what a class keeps: float32; bfloat16. A product's error is below (k + 3) of them on |x| |W|:
+# products and sums, rounding of x and of y.
 ROUNDOFFS = {"exact f32": 2.0**-24, "bf16": 2.0**-8}
 
 
