@@ -108,7 +108,7 @@ def test_threads_change_nothing(isa, layout, mode, bits, group_size, rng):
     outputs, inputs = (67, 1024) if layout == "t" else (256, 600)
     rows, columns = (outputs, inputs) if layout == "t" else (inputs, outputs)
     weights = exact.random_weights(rng, rows, columns, group_size, bits)
-    for m in (1, 24):
+    for m in (1, 18, 24):  # 18: tiles of 3 and of 4 rows on one thread, of 3 on two, where a tile has at most 4
         product = Product(layout, rng.standard_normal((m, inputs)), *weights, group_size, bits)
         with q.threads(1):
             alone = results(product)[0]

@@ -1,6 +1,7 @@
 /* Loops, blocking and threads of the float class of matmul (kernels/matmul_float.h): threads share out tiles of
  * outputs, and rows of x where outputs are few, never k. Which kernel takes a row of x depends on how many rows the
- * call has, not on threads or portions, so that the number of threads changes no bit. */
+ * call has, not on threads or portions, and threads share out no fewer than MIN_ROWS rows, which all are summed in one
+ * chain (multiply_tile), so that the number of threads changes no bit. */
 #include <string.h>
 
 #include "cpu.h"

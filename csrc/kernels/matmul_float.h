@@ -260,10 +260,11 @@ QZ_INLINE void add_outer(v_f32 (*sums)[2], const float *line, const char *x, ptr
 }
 
 /* Adds to y the products of `rows` rows of x and a panel. A sum of few rows has several chains, so that additions wait
- * less for each other. */
+ * less for each other. No number of threads may change which have: what is shared out, 8 rows or more, falls into tiles
+ * of at least 3 rows where QZ_FLOAT_ROWS is 4, else of at least 4 (multiply_panel). */
 QZ_INLINE void multiply_tile(float *y, ptrdiff_t pitch, const float *panel, const char *x, ptrdiff_t x_stride,
                              ptrdiff_t count, int rows) {
-    const int chains = rows == 1 ? 4 : rows < 4 ? 2 : 1;
+    const int chains = rows == 1 ? 4 : rows < (QZ_FLOAT_ROWS == 4 ? 3 : 4) ? 2 : 1;
     v_f32 sums[4][QZ_FLOAT_ROWS][2];
     QZ_UNROLL
     for (int i = 0; i < chains * rows; i++) sums[i / rows][i % rows][0] = sums[i / rows][i % rows][1] = set1_f32(0.0f);
