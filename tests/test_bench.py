@@ -394,6 +394,7 @@ def test_figures_of_small_products(gate):
 GROWTH = "import numpy as np; from quantization._bench.scratch import growth; print(growth(lambda: np.ones({}, 'u1')))"
 
 
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer takes memory of its own")
 def test_growth_is_what_a_call_takes():
     """Whatever this process holds; Linux counts up to 64 pages of 4 KiB (or 64 KiB) late, hence the slack."""
     held = np.ones(256 << 20, np.uint8)
