@@ -24,7 +24,7 @@ setup(
             sources,
             depends=headers,
             extra_compile_args=flags,
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-lm"],
             py_limited_api=True,
         )
     ],

@@ -17,7 +17,8 @@ typedef enum qz_status {
     QZ_INTERRUPTED, /* qz_run.poll asked to stop; the output is unspecified */
 } qz_status;
 
-typedef enum qz_type { QZ_F32, QZ_F16, QZ_BF16, QZ_F64, QZ_U32 } qz_type;
+/* What an array holds. QZ_E8M0 and QZ_E4M3 are how bytes are to be read as scales. */
+typedef enum qz_type { QZ_F32, QZ_F16, QZ_BF16, QZ_F64, QZ_U32, QZ_U8, QZ_E8M0, QZ_E4M3 } qz_type;
 
 /* A strided array: strides are in bytes, may be negative or zero, and need no alignment. */
 typedef struct qz_array {

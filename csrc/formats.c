@@ -3,17 +3,17 @@
 #include <string.h>
 
 const qz_format qz_formats[QZ_FORMATS] = {
-#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias) \
-    {#name, #mode, #element, bits, {first, second, third}, #scale, bias},
+#define QZ_FORMAT(name, family, mode, element, bits, first, second, third, scale, bias) \
+    {#name, #family, #mode, #element, bits, {first, second, third}, #scale, bias},
 #include "formats.def"
 #undef QZ_FORMAT
 };
 
 /* What the kernels assume of a row: groups that are powers of two from 16 to 128, and codes that fit a byte. */
 #define QZ_FITS(size) ((size) == 0 || (size) == 16 || (size) == 32 || (size) == 64 || (size) == 128)
-#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias)        \
-    _Static_assert((bits) >= 1 && (bits) <= 8, #name ": codes have 1 to 8 bits");      \
-    _Static_assert(QZ_FITS(first) && QZ_FITS(second) && QZ_FITS(third) && (first) > 0, \
+#define QZ_FORMAT(name, family, mode, element, bits, first, second, third, scale, bias) \
+    _Static_assert((bits) >= 1 && (bits) <= 8, #name ": codes have 1 to 8 bits");       \
+    _Static_assert(QZ_FITS(first) && QZ_FITS(second) && QZ_FITS(third) && (first) > 0,  \
                    #name ": groups are 16, 32, 64 or 128 (0: none)");
 #include "formats.def"
 #undef QZ_FORMAT
@@ -26,4 +26,10 @@ int qz_find_format(const char *mode, ptrdiff_t bits, ptrdiff_t group_size, int *
         }
     }
     return -1;
+}
+
+int qz_find_mode(const char *mode) {
+    int row = 0;
+    while (strcmp(qz_formats[row].mode, mode) != 0) row++;
+    return row;
 }

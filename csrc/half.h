@@ -1,5 +1,6 @@
 /* float16 and bfloat16 to and from float32, one element at a time, by integer arithmetic: the same bits as F16C and as
- * NEON's conversions, NaN included (the payload's top bits are kept and the NaN is made quiet). */
+ * NEON's conversions, NaN included (the payload's top bits are kept and the NaN is made quiet). And the scales that are
+ * bytes: csrc/elements/ says what they stand for. */
 #ifndef QZ_HALF_H
 #define QZ_HALF_H
 
@@ -45,6 +46,16 @@ static inline uint16_t qz_f16_from_f32(float value) {
     }
     uint32_t rebiased = rest - 0x38000000u;
     return (uint16_t)(sign | (rebiased + 0xfffu + (rebiased >> 13 & 1u)) >> 13);
+}
+
+static inline float qz_f32_from_e8m0(uint8_t code) { return qz_float_of(code ? (uint32_t)code << 23 : 0x400000u); }
+
+static inline float qz_f32_from_e4m3(uint8_t code) {
+    uint32_t sign = (uint32_t)(code & 0x80u) << 24, rest = code & 0x7fu;
+    if (rest == 0x7fu) return qz_float_of(sign | 0x7fc00000u);
+    if (rest >= 8) return qz_float_of(sign | ((rest << 20) + 0x3c000000u));
+    float magnitude = (float)rest * 0x1p-9f; /* zero or subnormal: exact */
+    return qz_float_of(sign | qz_bits_of(magnitude));
 }
 
 #endif

@@ -15,10 +15,14 @@ enum {
     QZ_TILE_ROWS = 16,
     QZ_PREFILL_ROWS = 64,
     QZ_TILE_COLUMNS = 256,
+    QZ_DECODE_ROWS = 16, /* rows of x that decode_t takes at most */
     QZ_MAX_BLOCK = 64,
     QZ_MAX_DIGITS = 3,
     QZ_MAX_GROUP = 128
 };
+
+/* FP8 weights (kernels/matmul_definition_fp.h): k of a panel, and the chains of sums in it. */
+enum { QZ_FP8_PANEL = 256, QZ_FP8_CHAINS = 16 };
 
 /* The float class: outputs of a tile at most, _t and _n, which is also the pitch of y; k of a job at most where weights
  * are decoded first, multiples of every group size. Up to QZ_FLOAT_FEW rows of x, _t multiplies codes as they are. */
@@ -64,16 +68,23 @@ typedef struct qz_quantize_job {
     ptrdiff_t groups, group_size;
     uint8_t *packed;        /* with QZ_SPILL bytes of room after the codes */
     float *scales, *biases; /* one a group, unrounded */
+    /* The fp family, instead of scales and biases: */
+    uint8_t *scale_codes;
+    qz_mx_scale mx_scale;
+    qz_type round_to;    /* profile "cpu": w's own type */
+    float encode_factor; /* 1, or 2688 / the global scale */
 } qz_quantize_job;
 
 typedef struct qz_dequantize_job {
     const uint8_t *packed;
     ptrdiff_t groups, group_size;
     const float *scales, *biases;
-    qz_type round_products_to; /* profile "cpu": the type in which MLX's CPU multiplies and adds; else QZ_F32 */
-    char *w;                   /* contiguous, of any alignment */
-    qz_type w_type;            /* QZ_F32, QZ_F16 or QZ_BF16 */
-    int stream;                /* stores bypass the caches; w is aligned to 16 bytes */
+    const uint8_t *scale_codes; /* the fp family: instead of scales and biases */
+    float decode_factor;        /* 1, or the global scale / 2688 */
+    qz_type round_products_to;  /* profile "cpu": the type in which MLX's CPU multiplies and adds; else QZ_F32 */
+    char *w;                    /* contiguous, of any alignment */
+    qz_type w_type;             /* QZ_F32, QZ_F16 or QZ_BF16 */
+    int stream;                 /* stores bypass the caches; w is aligned to 16 bytes */
 } qz_dequantize_job;
 
 typedef struct qz_matmul_kernel {
@@ -123,6 +134,9 @@ typedef struct qz_kernels {
     /* x is of any type but float64, in memory order; float16 and bfloat16 need no alignment. y may be x. stream:
        stores bypass the caches; y is not x then. */
     void (*fake_quantize)(float *y, const char *x, qz_type type, ptrdiff_t count, int bits, int stream);
+    /* Plain FP8; floats of any type but float64, in memory order as the codes are. */
+    void (*to_fp8)(uint8_t *to, const char *from, qz_type type, ptrdiff_t count);
+    void (*from_fp8)(char *to, qz_type type, const uint8_t *from, ptrdiff_t count);
     const qz_format_kernels *(*format)(int format, int group_slot);
     qz_probe_kernels probe;
 } qz_kernels;

@@ -28,16 +28,52 @@ def stored(rows=3):
     return np.arange(rows * 16, dtype=U32).reshape(rows, 16), np.ones((rows, 2), F32), np.ones((rows, 2), F32)
 
 
+def experts():
+    return [np.stack([array] * 4) for array in stored()]
+
+
+def experts_fp():
+    return [np.full((4, 3, 8), 0x12345678, U32), np.full((4, 3, 2), 127, np.uint8)]
+
+
 # Every function with arguments that work; the first is a plan of this operation.
 CALLS = {
-    "quantize": ("affine_quantize", lambda: [np.ones((3, 64), F32), 64, 4, "metal", None, None, None]),
-    "dequantize": ("affine_dequantize", lambda: [*stored(), None, None, None, "metal", None, None]),
+    "quantize": ("affine_quantize", lambda: [np.ones((3, 64), F32), 64, 4, "metal", None, False, None, None]),
+    "dequantize": ("affine_dequantize", lambda: [*stored(), None, None, None, "metal", None, None, None]),
     "matmul": (
         "affine_qmm_t",
         lambda: [np.ones((2, 128), F32), *stored(), None, None, None, "exact", None, None, None],
     ),
+    "gather": (
+        "affine_gather_qmm",
+        lambda: [
+            np.ones((2, 2, 128), F32), *experts(), np.array([[1], [0]]), np.array([3, 0, -1]), True, None, None, False,
+            "exact", None, None, None,
+        ],
+    ),
+    "gather_rhs": (
+        "affine_gather_qmm_rhs",
+        lambda: [
+            np.ones((2, 128), F32), *experts(), np.array([3, 0]), None, None, None, True, "exact", None, None, None
+        ],
+    ),
     "fake_quantize": ("quantize", lambda: [np.ones((3, 64), F32), 4, None, None]),
-}
+    "gather_fp": (
+        "mxfp4_gather_qmm",
+        lambda: [
+            np.ones((2, 2, 64), F32), *experts_fp(), np.array([1, 0]), np.array([3, -1]), True, False, None, "exact",
+            None, None, None,
+        ],
+    ),
+    "gather_rhs_fp": (
+        "mxfp4_gather_qmm_rhs",
+        lambda: [
+            np.ones((2, 64), F32), *experts_fp(), np.array([3, 0]), None, True, None, "exact", None, None, None
+        ],
+    ),
+}  # fmt: skip
+OUT = {"quantize": 6, "dequantize": 8, "matmul": 9, "gather": 12, "gather_rhs": 11, "fake_quantize": 2}
+OUT |= {"gather_fp": 10, "gather_rhs_fp": 9}
 KINDS = {
     "affine_quantize": "quantize",
     "affine_dequantize": "dequantize",
@@ -45,6 +81,13 @@ KINDS = {
     "affine_qmm_n": "matmul",
     "affine_qmv": "matmul",
     "affine_qvm": "matmul",
+    "affine_qmm_t_nax": "matmul",
+    "affine_qmm_n_nax": "matmul",
+    "affine_gather_qmm": "gather",
+    "affine_gather_qmm_rhs": "gather_rhs",
+    "affine_gather_qmm_rhs_nax": "gather_rhs",
+    "mxfp4_gather_qmm": "gather_fp",
+    "nvfp4_gather_qmm_rhs": "gather_rhs_fp",
     "quantize": "fake_quantize",
 }
 
@@ -110,7 +153,7 @@ def test_each_argument_as_nonsense(function):
             said = f"{op}: "
             try:
                 getattr(_C, function)(plan(op), *given)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, IndexError) as error:
                 said = str(error)
             assert said.startswith(f"{op}: ")
 
@@ -613,7 +656,7 @@ def bad_calls(function):
         yield failing(function, position)
     op, arguments = CALLS[function]
     given = arguments()
-    out = {"quantize": 5, "dequantize": 7, "matmul": 9, "fake_quantize": 2}[function]
+    out = OUT[function]
     given[out] = (None, None, np.ones(2, F32)) if function == "quantize" else np.ones((1, 1), F32)
     yield op, given
 
@@ -621,7 +664,7 @@ def bad_calls(function):
 def calls_of(function):
     """A call that works, without and with `out`, and all that fail."""
     op, arguments = CALLS[function]
-    out = {"quantize": 5, "dequantize": 7, "matmul": 9, "fake_quantize": 2}[function]
+    out = OUT[function]
     given = arguments()
     result = getattr(_C, function)(plan(op), *given)
     with_out = [*given[:out], result, *given[out + 1 :]]

@@ -24,6 +24,13 @@ KERNELS = [
     q.AffineQmmN,
     q.AffineQmv,
     q.AffineQvm,
+    q.AffineQmmTNax,
+    q.AffineQmmNNax,
+    q.AffineGatherQmm,
+    q.AffineGatherQmmRhs,
+    q.AffineGatherQmmRhsNax,
+    q.Mxfp4GatherQmm,
+    q.Nvfp4GatherQmmRhs,
     q.VariableQuantizationKernel,
 ]
 AVAILABLE = [entry["name"] for entry in _C.isas() if entry["available"]]
@@ -46,7 +53,7 @@ def test_tables_say_what_there_is():
     formats = _C.formats()
     assert {row["name"] for row in formats} >= {f"affine_{bits}" for bits in (2, 3, 4, 5, 6, 8)}
     for row in formats:
-        assert row["name"].startswith(f"{row['mode']}_{row['bits']}")
+        assert row["name"] == (f"affine_{row['bits']}" if row["family"] == "affine" else row["mode"])
         assert row["group_sizes"] == tuple(sorted(row["group_sizes"])) and row["group_sizes"]
         assert isinstance(row["bias"], bool)
     isas = _C.isas()
@@ -236,6 +243,13 @@ PARAMETERS = {
     q.AffineQmmN: q.affine_qmm_n,
     q.AffineQmv: q.affine_qmv,
     q.AffineQvm: q.affine_qvm,
+    q.AffineQmmTNax: q.affine_qmm_t_nax,
+    q.AffineQmmNNax: q.affine_qmm_n_nax,
+    q.AffineGatherQmm: q.affine_gather_qmm,
+    q.AffineGatherQmmRhs: q.affine_gather_qmm_rhs,
+    q.AffineGatherQmmRhsNax: q.affine_gather_qmm_rhs_nax,
+    q.Mxfp4GatherQmm: q.mxfp4_gather_qmm,
+    q.Nvfp4GatherQmmRhs: q.nvfp4_gather_qmm_rhs,
     q.VariableQuantizationKernel: q.quantize,
 }
 
@@ -245,23 +259,39 @@ def ordinary_calls(kernel_class):
     w = np.linspace(-1, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     if kernel_class is q.VariableQuantizationKernel:
         return [w], {"bits": 3, "out": np.zeros_like(w), "input_dtype": "bfloat16"}
+    if kernel_class in (q.Mxfp4GatherQmm, q.Nvfp4GatherQmmRhs):
+        out = np.zeros((3, 1, 64) if kernel_class is q.Mxfp4GatherQmm else (3, 64), np.float32)
+        words = {"accumulate": "exact", "activations": "int8", "out": out, "input_dtype": "bfloat16"}
+        if kernel_class is q.Nvfp4GatherQmmRhs:
+            chosen = {"output_features": 64, "transpose": False, "global_scale": 2.5}
+            return [w[:3], *q.nvfp4_quantize(w), [0, -1, 0]], {**chosen, **words}
+        chosen = {"lhs_indices": [1, 0, 1], "rhs_indices": [0, 0, 0], "transpose": False, "sorted_indices": True}
+        return [w[:2, None], *q.mxfp4_quantize(w)], {**chosen, **words}
     stored = q.affine_quantize(w, 32, 8)
     sizes = {"group_size": 32, "bits": 8}
     last = {"input_dtype": "bfloat16"}
     if kernel_class is q.AffineQuantize:
         out = (None, np.zeros((64, 2), np.float16), None)
-        return [w], {**sizes, "profile": "cpu", "scale_dtype": "float16", "out": out, **last}
+        return [w], {**sizes, "profile": "cpu", "scale_dtype": "float16", "pad": True, "out": out, **last}
     if kernel_class is q.AffineDequantize:
         return list(stored), {
             **sizes,
             "dtype": "float16",
             "profile": "cpu",
-            "out": np.zeros((64, 64), np.float16),
+            "k": 63,
+            "out": np.zeros((64, 63), np.float16),
             **last,
         }
-    features = {} if kernel_class is q.AffineQmmT else {"output_features": 64}
+    features = {} if issubclass(kernel_class, q.AffineQmmT) else {"output_features": 64}
     out = np.zeros(64, np.float32)
     words = {"accumulate": "exact", "activations": "int8", "out": out, **last}
+    if kernel_class is q.AffineGatherQmm:
+        chosen = {"lhs_indices": [1, 0, 1], "rhs_indices": [0, 0, 0], "transpose": False}
+        words["out"] = np.zeros((3, 1, 64), np.float32)
+        return [w[:2, None], *stored], {**chosen, **sizes, "sorted_indices": True, **words}
+    if issubclass(kernel_class, q.AffineGatherQmmRhs):
+        words["out"] = np.zeros((3, 64), np.float32)
+        return [w[:3], *stored, [0, -1, 0]], {**features, **sizes, "transpose": False, **words}
     return [w[3], *stored], {**features, **sizes, **words}
 
 
@@ -326,7 +356,7 @@ def test_calls_that_do_not_fit_are_refused_in_pythons_words(kernel_class):
         (arrays, {first: arrays[0]}),
         (arrays, {**options, "plan": 1}),
     ]
-    if kernel_class is q.AffineQmmT:
+    if issubclass(kernel_class, q.AffineQmmT):
         wrong.append((arrays, {"output_features": 64}))
     for given, named in wrong:
         with pytest.raises(TypeError) as by_python:

@@ -1,5 +1,6 @@
 """`python -m quantization demo`: the model against its published values, the table against the expected one."""
 
+import dataclasses
 import importlib
 import importlib.metadata
 import io
@@ -12,7 +13,7 @@ import pytest
 
 import quantization
 from quantization import _formats
-from quantization._demo import compare, minilm
+from quantization._demo import compare, installed, minilm, weights
 from quantization._demo.sentences import PAIRS, QUERY, SENTENCES
 
 main = importlib.import_module("quantization.__main__").main
@@ -25,7 +26,7 @@ def folder():
     try:
         return minilm.find_model().path
     except FileNotFoundError:
-        pytest.skip(f"the demo needs the model: {minilm.INSTALL}")
+        pytest.skip(f"the demo needs the model: {minilm.WEIGHTS.install}")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def comparison(model):
 
 
 def floats(model, dtype=np.float32):
-    return {name: minilm.FloatWeight(w.astype(dtype)) for name, w in model.matrices.items()}
+    return {name: weights.FloatWeight(w.astype(dtype)) for name, w in model.matrices.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -143,7 +144,7 @@ def test_float32_and_naive_int8(comparison):
 def test_quantized_matrices_multiply_and_gather_their_codes(model):
     name = "embeddings.position_embeddings.weight"
     target = _formats.as_format("affine_4_g64")
-    weight = minilm.QuantizedWeight(target, target.encode(model.matrices[name], scale_dtype="float16"))
+    weight = weights.QuantizedWeight(target, target.encode(model.matrices[name], scale_dtype="float16"))
     decoded = target.decode(weight.encoded)
     indices = np.array([511, 0, 3, 3])
     np.testing.assert_array_equal(weight.rows(indices), decoded[indices])
@@ -172,7 +173,7 @@ class TwoMatrices:
 def test_matrix_that_does_not_fit_stays_in_float32_and_is_listed():
     model = TwoMatrices()
     result = compare.Comparison(model, SENTENCES[:4]).quantized(_formats.as_format("affine_8_g64"))
-    assert model.kinds == {"odd": minilm.FloatWeight, "even": minilm.QuantizedWeight}
+    assert model.kinds == {"odd": weights.FloatWeight, "even": weights.QuantizedWeight}
     (entry,) = result.skipped
     assert entry.name == "odd"
     assert entry.reason.startswith("last axis 400 is not a multiple of group size 64")
@@ -238,7 +239,7 @@ def test_bad_plot_fails_before_the_work(plot, expected, capsys, monkeypatch, tmp
 
 
 def test_without_weights_the_command_to_install_them_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(minilm, "_distributions", lambda: iter(()))
+    monkeypatch.setattr(installed.Pinned, "_distributions", lambda _: iter(()))
     assert main(["demo"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -260,9 +261,10 @@ def distribution(path, content, record=",,"):
 
 def test_any_distribution_with_the_very_file_will_do(monkeypatch, tmp_path):
     found = distribution(tmp_path, b"abc")
-    monkeypatch.setattr(minilm, "_distributions", lambda: found)
+    monkeypatch.setattr(installed.Pinned, "_distributions", lambda _: found)
     # FIPS 180-2's example of SHA-256.
-    monkeypatch.setattr(minilm, "PINNED_SHA256", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    monkeypatch.setattr(minilm, "WEIGHTS", dataclasses.replace(minilm.WEIGHTS, sha256=digest))
     model = minilm.find_model()
     assert model.path == tmp_path / "other_weights"
     assert model.origin == "all-MiniLM-L6-v2 (other-weights 1.0, SHA-256 verified)"
@@ -271,7 +273,7 @@ def test_any_distribution_with_the_very_file_will_do(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("record", "told"), [(",,", True), (",sha256=" + "A" * 43 + ",3", False)])
 def test_other_weights_are_refused(monkeypatch, tmp_path, record, told):
     found = distribution(tmp_path, b"abc", record)
-    monkeypatch.setattr(minilm, "_distributions", lambda: found)
+    monkeypatch.setattr(installed.Pinned, "_distributions", lambda _: found)
     with pytest.raises(FileNotFoundError, match="not installed") as caught:
         minilm.find_model()
     assert ("other-weights 1.0 has a model.safetensors, but not the expected one" in str(caught.value)) == told

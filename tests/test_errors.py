@@ -21,6 +21,11 @@ def stored(rows=3, groups=2, words=16):
     return {"w": ones(rows, words, dtype=U32), "scales": ones(rows, groups), "biases": ones(rows, groups)}
 
 
+def experts(count=4):
+    """Four times the same."""
+    return {name: np.stack([array] * count) for name, array in stored().items()}
+
+
 # Arguments with which every function works, and the shape of its result.
 FUNCTIONS = {
     "quantize": (q.quantize, lambda: {"x": ones(3, 64)}, (3, 64)),
@@ -30,14 +35,25 @@ FUNCTIONS = {
     "affine_qmv": (q.affine_qmv, lambda: {"x": ones(128), **stored()}, (3,)),
     "affine_qmm_n": (q.affine_qmm_n, lambda: {"x": ones(2, 3), **stored()}, (2, 128)),
     "affine_qvm": (q.affine_qvm, lambda: {"x": ones(3), **stored()}, (128,)),
+    "affine_gather_qmm": (
+        q.affine_gather_qmm,
+        lambda: {"x": ones(2, 2, 128), **experts(), "rhs_indices": np.array([3, 0])},
+        (2, 2, 3),
+    ),
+    "affine_gather_qmm_rhs": (
+        q.affine_gather_qmm_rhs,
+        lambda: {"x": ones(2, 128), **experts(), "indices": np.array([3, 0])},
+        (2, 3),
+    ),
 }
 PRODUCTS = ["affine_qmm_t", "affine_qmv", "affine_qmm_n", "affine_qvm"]
-STORED = ["affine_dequantize", *PRODUCTS]
+GATHERED = ["affine_gather_qmm", "affine_gather_qmm_rhs"]
+STORED = ["affine_dequantize", *PRODUCTS, *GATHERED]
 FLOATS = [
     ("quantize", "x"),
     ("affine_quantize", "w"),
     *((name, argument) for name in STORED for argument in ("scales", "biases")),
-    *((name, "x") for name in PRODUCTS),
+    *((name, "x") for name in (*PRODUCTS, *GATHERED)),
 ]
 
 
@@ -205,7 +221,7 @@ def test_dtypes_of_results(name, argument):
         refuse(name, TypeError, rule, **{argument: value})
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", [*PRODUCTS, *GATHERED])
 def test_accumulate_and_activations(name):
     refuse(name, ValueError, "accumulate must be 'exact' or 'float', got 'fast'", accumulate="fast")
     refuse(name, TypeError, "accumulate must be a string, got NoneType", accumulate=None)
@@ -223,13 +239,25 @@ def test_input_dtype(name):
 
 
 def test_groups_that_do_not_fill_the_last_axis():
-    hint = "no group size fits; padded with zeros to 4352 it would"
+    hint = "pad=True stores it as 4352"
     rule = "w.shape[-1] must be a multiple of group_size=64, got 4303"
     refuse("affine_quantize", ValueError, f"{rule} ({hint})", w=ones(2, 4303))
     rule = "w.shape[-1] must be a multiple of group_size=128, got 4320"
-    refuse("affine_quantize", ValueError, f"{rule} (group_size=32 would fit)", w=ones(2, 4320), group_size=128)
+    refuse(
+        "affine_quantize",
+        ValueError,
+        f"{rule} (group_size=32 would fit, and pad=True stores it as 4352)",
+        w=ones(2, 4320),
+        group_size=128,
+    )
     rule = "w.shape[-1] must be a multiple of group_size=128, got 192"
-    refuse("affine_quantize", ValueError, f"{rule} (group_size=64 would fit)", w=ones(192), group_size=128)
+    refuse(
+        "affine_quantize",
+        ValueError,
+        f"{rule} (group_size=64 would fit, and pad=True stores it as 256)",
+        w=ones(192),
+        group_size=128,
+    )
     refuse("affine_quantize", ValueError, "w must have at least one dimension, got a scalar", w=F32(1))
     refuse("affine_quantize", ValueError, "w must have at least one dimension, got a scalar", w=1.5)
 
@@ -265,11 +293,12 @@ def test_words_and_groups_agree():
 def test_features_of_x_agree(name):
     fits = "would fit: bits=2 and group_size=128 for 256 features, bits=4 and group_size=64 for 128 features, "
     fits += "bits=8 and group_size=32 for 64 features"
-    rule = "w.shape[-1] = 16 words and scales.shape[-1] = 2 groups do not hold 100 features"
-    refuse(name, ValueError, f"{rule} ({fits})", x=ones(100))
-    rule = "x.shape[-1] must be 128, the input features of w, got 100"
-    refuse(name, ValueError, rule, x=ones(100), bits=4, group_size=64)
-    refuse(name, ValueError, "x.shape[-1] must be 128, the input features of w, got 0", x=ones(0))
+    rule = "which packing has 20 features in w.shape[-1] = 16 words and scales.shape[-1] = 2 groups "
+    rule += "does not follow from these sizes: give bits and group_size"
+    refuse(name, ValueError, f"{rule} ({fits})", x=ones(20))
+    rule = "x.shape[-1] must be 128, the input features of w, or less by less than a group if w was padded, got"
+    for wrong in (0, 64, 129):
+        refuse(name, ValueError, f"{rule} {wrong}", x=ones(wrong), bits=4, group_size=64)
 
 
 @pytest.mark.parametrize("name", ["affine_qmm_n", "affine_qvm"])
@@ -299,7 +328,8 @@ def test_output_features(name):
     outputs = FUNCTIONS[name][2][-1]
     refuse(name, ValueError, "output_features must not be negative, got -1", output_features=-1)
     refuse(name, TypeError, "output_features must be an integer, got float", output_features=3.0)
-    rule = f"output_features must be {outputs}, the output features of w, got 5"
+    padded = "" if name == "affine_qmv" else ", or less by less than a group if w was padded"
+    rule = f"output_features must be {outputs}, the output features of w{padded}, got 5"
     refuse(name, ValueError, rule, output_features=5, bits=4, group_size=64)
 
 
@@ -407,6 +437,8 @@ def overlapping(array, out_shape):
 def test_out_that_overlaps_an_input(name):
     shape = FUNCTIONS[name][2]
     for argument, value in FUNCTIONS[name][1]().items():
+        if argument.endswith("indices"):
+            continue  # copied before anything is written
         inside, out = overlapping(value, shape)
         before = out.tobytes()
         rule = f"out shares memory with {argument}: give it memory of its own"
@@ -595,7 +627,8 @@ def test_scratch_that_cannot_be_had(name):
             pytest.fail("still no success after 100 allocations")
     finally:
         _C.fail_allocations_after(-1)
-    assert failures == {"affine_qmm_t": 4, "affine_qmv": 4, "affine_qmm_n": 3, "affine_qvm": 3}.get(name, 0)
+    found = {"affine_qmm_t": 4, "affine_qmv": 4, "affine_qmm_n": 3, "affine_qvm": 3}
+    assert failures == {**found, **dict.fromkeys(GATHERED, 8)}.get(name, 0)
     expected = expected if shape is None else (expected,)
     again = function(**given)
     for result in (again if shape is None else (again,), out):

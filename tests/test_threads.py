@@ -309,6 +309,12 @@ x = np.ones((batch, 1, 64), np.float32)
 def call(): q.affine_qmm_t(x, *weights)
 def call_small(): q.affine_qmm_t(x[:1], *weights)
 """,
+    "gather": """
+x, weights = long_call(3)
+experts, chosen = [np.stack([a] * 3) for a in weights], np.arange(len(x)) % 3
+def call(): q.affine_gather_qmm_rhs(x, *experts, chosen)
+def call_small(): q.affine_gather_qmm_rhs(x[:1], *experts, chosen[:1])
+""",
     "quantize": """
 w = np.lib.stride_tricks.as_strided(np.ones(1 << 12, np.float32), (1 << 17, 1 << 12), (0, 4))
 out = [np.lib.stride_tricks.as_strided(np.zeros((1 << 17) * 512 + 512, t), (1 << 17, n), (4 * n, 4))

@@ -8,6 +8,8 @@ const qz_device qz_cpu_device = {
     .quantize = qz_cpu_quantize,
     .dequantize = qz_cpu_dequantize,
     .matmul = qz_cpu_matmul,
+    .gather = qz_cpu_gather,
     .fake_quantize = qz_cpu_fake_quantize,
+    .fp8 = qz_cpu_fp8,
     .probe = qz_cpu_probe,
 };

@@ -11,6 +11,7 @@
 
 /* From so many rows on, transposing the codes pays. */
 enum { MIN_PREFILL = 8 };
+_Static_assert(MIN_PREFILL <= QZ_DECODE_ROWS + 1, "decode_t takes all rows of x below");
 
 /* Rows of x that are prepared together, and the bytes they may take where a row is long. */
 enum { MAX_ROWS_T = 128, MAX_ROWS_N = 32, MIN_ROWS = 8 };
@@ -28,11 +29,11 @@ typedef struct chunk {
     const qz_format_kernels *kernels;
     const qz_matmul_kernel *kernel; /* of y = x Wᵀ */
     const qz_matmul_args *args;
-    qz_matmul_job base; /* the weights, from their first row on */
-    ptrdiff_t n, k, group_size;
-    ptrdiff_t first, m;      /* rows of x and y */
-    char *x;                 /* prepared; m * x_stride bytes */
-    size_t x_stride, staged; /* in each of them the float32 row, if x is not read in place, stands at `staged` */
+    qz_matmul_job base;         /* the weights, from their first row on */
+    ptrdiff_t n, k, group_size; /* of the weights; x and y may leave out the padding of the last group */
+    ptrdiff_t first, m;         /* rows of x and y */
+    char *x;                    /* prepared; m * x_stride bytes */
+    size_t x_stride, staged;    /* in each of them the float32 row, if x is not read in place, stands at `staged` */
     int in_place;
     char *not_finite; /* [m]: 1 where the definition takes over */
     ptrdiff_t tiles, tile, parts;
@@ -44,7 +45,8 @@ static const float *row_as_f32(const chunk *c, ptrdiff_t m) {
     const char *from = qz_element(x, x->ndim - 1, c->first + m);
     float *to = (float *)(c->x + (size_t)m * c->x_stride + c->staged);
     if (c->in_place) return (const float *)from;
-    c->plan->kernels->load(to, from, qz_last_stride(x), x->type, c->k);
+    c->plan->kernels->load(to, from, qz_last_stride(x), x->type, qz_last(x));
+    memset(to + qz_last(x), 0, (size_t)(c->k - qz_last(x)) * sizeof *to);
     return to;
 }
 
@@ -64,15 +66,7 @@ static qz_matmul_job job_of_tile(const chunk *c, ptrdiff_t column) {
     ptrdiff_t count = c->n - column < c->tile ? c->n - column : c->tile;
     job.rows = c->args->transpose ? count : c->k;
     job.columns = c->args->transpose ? c->k : count;
-    if (c->args->transpose) {
-        job.w += column * job.w_row_stride;
-        job.scales.scales += column * job.scales.scale_row_stride;
-        job.scales.biases += column * job.scales.bias_row_stride;
-    } else {
-        job.w += column * qz_formats[c->args->format].bits / 8;
-        job.scales.scales += column / c->group_size * job.scales.scale_group_stride;
-        job.scales.biases += column / c->group_size * job.scales.bias_group_stride;
-    }
+    qz_move_to_output(&job, c->args, column);
     return job;
 }
 
@@ -80,10 +74,11 @@ static void store_tile(const chunk *c, const qz_matmul_job *job, ptrdiff_t first
     const qz_array *y = &c->args->y;
     ptrdiff_t stride = qz_last_stride(y);
     ptrdiff_t count = c->args->transpose ? job->rows : job->columns;
+    if (count > qz_last(y) - column) count = qz_last(y) - column;
     for (ptrdiff_t m = 0; m < job->m; m++) {
         if (c->not_finite[first + m]) continue;
         char *to = qz_element(y, y->ndim - 1, c->first + first + m) + column * stride;
-        c->plan->kernels->store(to, stride, y->type, job->y + m * job->y_stride, count);
+        qz_store_results(c->plan->kernels, c->args, to, job->y + m * job->y_stride, count);
     }
 }
 
@@ -93,8 +88,13 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
     _Static_assert(QZ_TILE_ROWS <= QZ_PREFILL_ROWS && MAX_ROWS_N * QZ_TILE_COLUMNS <= MAX_ROWS_T * QZ_PREFILL_ROWS,
                    "y holds a tile of every kind");
     for (ptrdiff_t piece = begin; piece < end; piece++) {
-        ptrdiff_t column = piece / c->parts * c->tile, part = piece % c->parts;
-        ptrdiff_t first = c->m * part / c->parts, last = c->m * (part + 1) / c->parts;
+        ptrdiff_t column = piece * c->tile, first = 0, last = c->m;
+        if (c->parts > 1) {
+            const ptrdiff_t part = piece % c->parts;
+            column = piece / c->parts * c->tile;
+            first = c->m * part / c->parts;
+            last = c->m * (part + 1) / c->parts;
+        }
         qz_matmul_job job = job_of_tile(c, column);
         job.x = c->x + (size_t)first * c->x_stride + (c->args->transpose ? 0 : c->staged);
         job.x_stride = (ptrdiff_t)c->x_stride;
@@ -117,9 +117,8 @@ static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     c->tile = !c->args->transpose ? QZ_TILE_COLUMNS : is_prefill(c) ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
     while (!c->args->transpose && c->tile > c->group_size && c->n / c->tile < 4 * threads) c->tile /= 2;
     c->tiles = (c->n + c->tile - 1) / c->tile;
-    c->parts = (4 * threads + c->tiles - 1) / c->tiles;
-    if (c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;
-    if (threads == 1 || c->parts < 1) c->parts = 1;
+    c->parts = threads > 1 && c->m >= MIN_ROWS ? (4 * threads + c->tiles - 1) / c->tiles : 1;
+    if (c->parts > 1 && c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;
     double pieces = (double)c->tile * (double)c->k * (double)c->m / longest;
     if ((double)c->parts < pieces) c->parts = pieces < (double)c->m ? (ptrdiff_t)pieces + 1 : c->m;
     double work = (double)c->tile * (double)c->k * (double)c->m / (double)c->parts;
@@ -181,6 +180,7 @@ static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows, qz_arena *arena) {
     c->kernel = rows < MIN_PREFILL ? &c->kernels->decode_t[digits] : &c->kernels->prefill_t[digits];
     int strided = qz_words_are_apart(w);
     c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4 && qz_is_aligned(&a->x);
+    c->in_place = c->in_place && qz_last(&a->x) == c->k;
     c->staged = a->transpose ? (c->kernel->prepared_size(c->k) + 63) / 64 * 64 : 0;
     c->x_stride = c->staged + (c->in_place ? 0 : (k * sizeof(float) + 63) / 64 * 64);
     b->max_rows = a->transpose ? MAX_ROWS_T : MAX_ROWS_N;
@@ -217,7 +217,7 @@ qz_status qz_cpu_matmul(const qz_plan *plan, const qz_matmul_args *args, const q
     if (args->digits == 0) return qz_cpu_matmul_float(plan, args, run);
     const int dims = args->x.ndim - 2;
     ptrdiff_t batch = qz_count(&args->x, dims), rows = args->x.shape[dims];
-    chunk c = {.plan = plan, .args = args, .n = qz_last(&args->y), .k = qz_last(&args->x)};
+    chunk c = {.plan = plan, .args = args, .n = qz_padded_outputs(args), .k = qz_padded_inputs(args)};
     buffers b = {0};
     if (batch * rows == 0 || c.n == 0) return QZ_OK;
     c.kernels = plan->kernels->format(args->format, args->group_slot);

@@ -2,6 +2,8 @@
  * outputs, and rows of x where outputs are few, never k. Which kernel takes a row of x depends on how many rows the
  * call has, not on threads or portions, and threads share out no fewer than MIN_ROWS rows, which all are summed in one
  * chain (multiply_tile), so that the number of threads changes no bit. */
+#include "matmul_float.h"
+
 #include <string.h>
 
 #include "cpu.h"
@@ -35,30 +37,37 @@ typedef struct portion {
     ptrdiff_t tile, tiles, parts;
 } portion;
 
+/* `count` floats of a row of x from k on, zeros after its end. */
+static void load_padded(const portion *p, float *to, const char *row, ptrdiff_t k, ptrdiff_t count) {
+    const qz_array *x = &p->args->x;
+    const ptrdiff_t left = qz_last(x) - k, some = left < count ? left : count;
+    p->kernels->load(to, row + k * qz_last_stride(x), qz_last_stride(x), x->type, some);
+    memset(to + some, 0, (size_t)(count - some) * sizeof *to);
+}
+
 static void prepare_rows(void *context, ptrdiff_t begin, ptrdiff_t end) {
     const portion *p = context;
     const qz_array *x = &p->args->x;
-    const ptrdiff_t stride = qz_last_stride(x);
     for (ptrdiff_t m = begin; m < end; m++) {
         const char *from = qz_element(x, x->ndim - 1, p->first + m);
         char *to = p->x + m * p->x_stride;
         if (p->few) {
             float *row = (float *)(to + p->staged);
-            p->kernels->load(row, from, stride, x->type, p->k);
+            load_padded(p, row, from, 0, p->k);
             p->plain->prepare((float *)to, row, p->k, p->group_size);
             continue;
         }
         for (ptrdiff_t k = 0; k < p->k; k += p->panel, to += p->m * p->x_stride) {
             const ptrdiff_t count = p->k - k < p->panel ? p->k - k : p->panel;
-            p->kernels->load((float *)to, from + k * stride, stride, x->type, count);
+            load_padded(p, (float *)to, from, k, count);
         }
     }
 }
 
-static void move_in_k(qz_matmul_job *job, const portion *p, ptrdiff_t k) {
-    const ptrdiff_t group = k / p->group_size;
-    if (p->args->transpose) {
-        job->w += k * qz_formats[p->args->format].bits / 8;
+static void move_in_k(qz_matmul_job *job, const qz_matmul_args *args, ptrdiff_t k) {
+    const ptrdiff_t group = k / job->group_size;
+    if (args->transpose) {
+        job->w += k * qz_formats[args->format].bits / 8;
         job->scales.scales += group * job->scales.scale_group_stride;
         job->scales.biases += group * job->scales.bias_group_stride;
     } else {
@@ -68,38 +77,25 @@ static void move_in_k(qz_matmul_job *job, const portion *p, ptrdiff_t k) {
     }
 }
 
-static void move_in_n(qz_matmul_job *job, const portion *p, ptrdiff_t n) {
-    const ptrdiff_t group = n / p->group_size;
-    if (p->args->transpose) {
-        job->w += n * job->w_row_stride;
-        job->scales.scales += n * job->scales.scale_row_stride;
-        job->scales.biases += n * job->scales.bias_row_stride;
-    } else {
-        job->w += n * qz_formats[p->args->format].bits / 8;
-        job->scales.scales += group * job->scales.scale_group_stride;
-        job->scales.biases += group * job->scales.bias_group_stride;
-    }
-}
-
-/* The job of some outputs and rows of x, for all k, panel by panel where weights are decoded first. */
-static void multiply_tile(const portion *p, const qz_matmul_job *job, ptrdiff_t outputs) {
-    const int transpose = p->args->transpose;
-    if (p->few) {
-        p->plain->decode_t(job);
+void qz_multiply_float_tile(const qz_float_kernels *plain, const qz_matmul_args *args, const qz_matmul_job *job,
+                            int few, ptrdiff_t panel_bytes) {
+    const int transpose = args->transpose;
+    const ptrdiff_t k = transpose ? job->columns : job->rows, panel = transpose ? QZ_FLOAT_PANEL_T : QZ_FLOAT_PANEL_N;
+    if (few) {
+        plain->decode_t(job);
         return;
     }
     memset(job->y, 0, (size_t)(job->m * (transpose ? QZ_FLOAT_OUTPUTS : QZ_FLOAT_OUTPUTS_N)) * sizeof *job->y);
-    for (ptrdiff_t k = 0; k < p->k; k += p->panel) {
-        const ptrdiff_t count = p->k - k < p->panel ? p->k - k : p->panel;
+    for (ptrdiff_t at = 0; at < k; at += panel) {
+        const ptrdiff_t count = k - at < panel ? k - at : panel;
         qz_matmul_job some = *job;
-        some.rows = transpose ? outputs : count;
-        some.columns = transpose ? count : outputs;
-        some.x += k / p->panel * p->m * p->x_stride;
-        move_in_k(&some, p, k);
+        *(transpose ? &some.columns : &some.rows) = count;
+        some.x += at / panel * panel_bytes;
+        move_in_k(&some, args, at);
         if (transpose) {
-            p->plain->prefill_t(&some);
+            plain->prefill_t(&some);
         } else {
-            p->plain->matmul_n(&some);
+            plain->matmul_n(&some);
         }
     }
 }
@@ -108,9 +104,10 @@ static void store_tile(const portion *p, const float *y, ptrdiff_t first, ptrdif
                        ptrdiff_t outputs) {
     const qz_array *to = &p->args->y;
     const ptrdiff_t pitch = p->args->transpose ? QZ_FLOAT_OUTPUTS : QZ_FLOAT_OUTPUTS_N, stride = qz_last_stride(to);
+    const ptrdiff_t count = outputs < qz_last(to) - column ? outputs : qz_last(to) - column;
     for (ptrdiff_t m = 0; m < rows; m++) {
         char *row = qz_element(to, to->ndim - 1, p->first + first + m) + column * stride;
-        p->kernels->store(row, stride, to->type, y + m * pitch, outputs);
+        p->kernels->store(row, stride, to->type, y + m * pitch, count);
     }
 }
 
@@ -123,14 +120,14 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
         const ptrdiff_t first = p->m * part / p->parts, last = p->m * (part + 1) / p->parts;
         const ptrdiff_t outputs = p->n - column < p->tile ? p->n - column : p->tile;
         qz_matmul_job job = p->base;
-        job.rows = outputs; /* decode_t's; for all others set with each panel */
-        job.columns = p->k;
+        job.rows = p->args->transpose ? outputs : p->k;
+        job.columns = p->args->transpose ? p->k : outputs;
         job.x = p->x + first * p->x_stride;
         job.x_stride = p->x_stride;
         job.m = last - first;
         job.y = y;
-        move_in_n(&job, p, column);
-        multiply_tile(p, &job, outputs);
+        qz_move_to_output(&job, p->args, column);
+        qz_multiply_float_tile(p->plain, p->args, &job, p->few, p->m * p->x_stride);
         store_tile(p, y, first, job.m, column, outputs);
     }
 }
@@ -193,8 +190,8 @@ qz_status qz_cpu_matmul_float(const qz_plan *plan, const qz_matmul_args *args, c
     const qz_format_kernels *kernels = plan->kernels->format(args->format, args->group_slot);
     ptrdiff_t matrices = qz_count(&args->x, dims), rows = args->x.shape[dims];
     portion p = {.kernels = plan->kernels, .plain = &kernels->plain, .args = args};
-    p.n = qz_last(&args->y);
-    p.k = qz_last(&args->x);
+    p.n = qz_padded_outputs(args);
+    p.k = qz_padded_inputs(args);
     p.group_size = qz_formats[args->format].group_sizes[args->group_slot];
     if (matrices * rows == 0 || p.n == 0) return QZ_OK;
     if (qz_weights_are_shared(args)) {

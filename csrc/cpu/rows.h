@@ -19,7 +19,7 @@ static inline ptrdiff_t qz_count(const qz_array *array, int dims) {
 /* The element whose indices on the first `dims` axes are those of position `index` in C order, and 0 on the others. */
 static inline char *qz_element(const qz_array *array, int dims, ptrdiff_t index) {
     char *at = array->data;
-    for (int i = dims - 1; i >= 0; i--) {
+    for (int i = dims - 1; i >= 0 && index > 0; i--) { /* small calls feel a division */
         at += index % array->shape[i] * array->strides[i];
         index /= array->shape[i];
     }
@@ -70,6 +70,12 @@ static inline void qz_copy_words(char *to, ptrdiff_t to_stride, const char *from
         return;
     }
     for (ptrdiff_t i = 0; i < words; i++) memcpy(to + i * to_stride, from + i * from_stride, 4);
+}
+
+/* Bytes from one strided row to another. */
+static inline void qz_copy_bytes(char *to, ptrdiff_t to_stride, const char *from, ptrdiff_t from_stride,
+                                 ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i++) to[i * to_stride] = from[i * from_stride];
 }
 
 #endif

@@ -342,17 +342,23 @@ static qz_status finish_job(qz_job *job, const qz_run *run, bool polls, qz_statu
 qz_status qz_parallel(qz_task task, void *context, ptrdiff_t count, ptrdiff_t grain, const qz_run *run) {
     if (count <= 0) return QZ_OK;
     if (grain < 1) grain = 1;
+    if (count <= grain) { /* for small calls: nothing to share, nothing to ask between */
+        const surroundings outside = enter_task();
+        task(context, 0, count);
+        leave_task(outside);
+        return QZ_OK;
+    }
     qz_job job = {.task = task, .context = context, .count = count, .grain = grain};
     job.runs = count / grain + (count % grain != 0);
 
     bool shared = false;
-    if (job.runs > 1 && !in_task && run->threads != 1) {
+    if (!in_task && run->threads != 1) {
         ptrdiff_t threads = run->threads > 0 ? run->threads : qz_get_num_threads();
         threads = threads < QZ_MAX_THREADS ? threads : QZ_MAX_THREADS;
         threads = threads < job.runs ? threads : job.runs;
         shared = threads > 1 && share_job(&job, (int)threads - 1);
     }
-    const bool polls = run->poll && job.runs > 1 && !in_task;
+    const bool polls = run->poll && !in_task;
     qz_status status = QZ_OK;
     while (status == QZ_OK && do_pieces(&job, polls))
         if (!ask(&job, run, &status) && shared) return QZ_INTERRUPTED;

@@ -2,8 +2,22 @@
 
 #include <string.h>
 
+#include "../half.h"
+
 #include "rows.h"
 #include "threads.h"
+
+static ptrdiff_t packed_length(const qz_matmul_args *args) {
+    return qz_last(&args->scales) * qz_formats[args->format].group_sizes[args->group_slot];
+}
+
+ptrdiff_t qz_padded_inputs(const qz_matmul_args *args) {
+    return args->transpose ? packed_length(args) : qz_last(&args->x);
+}
+
+ptrdiff_t qz_padded_outputs(const qz_matmul_args *args) {
+    return args->transpose ? qz_last(&args->y) : packed_length(args);
+}
 
 static int batch_is_shared(const qz_array *array) {
     for (int i = 0; i < array->ndim - 2; i++) {
@@ -62,4 +76,30 @@ qz_status qz_point_at_weights(qz_matmul_job *job, const qz_matmul_args *args, pt
     job->w_row_stride = words * 4;
     words_copy copying = {copy, data, w};
     return qz_parallel(copy_words, &copying, rows, 16384 / (words + 1) + 1, run);
+}
+
+/* A NaN of 0 times infinity is made the one that results carry. */
+static void multiply_results(float *y, ptrdiff_t count, float factor) {
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const float product = y[i] * factor;
+        y[i] = product != product ? qz_float_of(0x7fc00000u) : product;
+    }
+}
+
+void qz_store_results(const qz_kernels *kernels, const qz_matmul_args *args, char *to, float *y, ptrdiff_t count) {
+    if (args->factor != 1.0f) multiply_results(y, count, args->factor);
+    kernels->store(to, qz_last_stride(&args->y), args->y.type, y, count);
+}
+
+void qz_move_to_output(qz_matmul_job *job, const qz_matmul_args *args, ptrdiff_t n) {
+    if (args->transpose) {
+        job->w += n * job->w_row_stride;
+        job->scales.scales += n * job->scales.scale_row_stride;
+        job->scales.biases += n * job->scales.bias_row_stride;
+    } else {
+        const ptrdiff_t group = n / job->group_size;
+        job->w += n * qz_formats[args->format].bits / 8;
+        job->scales.scales += group * job->scales.scale_group_stride;
+        job->scales.biases += group * job->scales.bias_group_stride;
+    }
 }

@@ -4,6 +4,10 @@
 
 #include "cpu.h"
 
+/* K and N of the weights: whole groups, of which x or y may hold fewer by less than a group. */
+ptrdiff_t qz_padded_inputs(const qz_matmul_args *args);
+ptrdiff_t qz_padded_outputs(const qz_matmul_args *args);
+
 /* Whether one matrix serves the whole batch. */
 int qz_weights_are_shared(const qz_matmul_args *args);
 
@@ -17,5 +21,11 @@ int qz_is_aligned(const qz_array *array);
  * and points there, if that is not NULL. */
 qz_status qz_point_at_weights(qz_matmul_job *job, const qz_matmul_args *args, ptrdiff_t matrix, char *copy,
                               const qz_run *run);
+
+/* Writes some results of one row of y, times the product's factor, from `y` on. */
+void qz_store_results(const qz_kernels *kernels, const qz_matmul_args *args, char *to, float *y, ptrdiff_t count);
+
+/* Moves the places of weights and scales on by n outputs, whole groups of them where groups run along n. */
+void qz_move_to_output(qz_matmul_job *job, const qz_matmul_args *args, ptrdiff_t n);
 
 #endif

@@ -1,7 +1,7 @@
 /* Unsigned integer codes of 2 to 8 bits: a code stands for itself. */
 
 /* What is taken from a code to centre it: |code - centre| <= centre. */
-#define QZ_CENTRE(bits) (1 << ((bits) - 1))
+#define QZ_CENTRE(bits) (1 << (QZ_DOT_BITS(bits) - 1))
 
 /* The integers nearest to `steps`, which lie in [-1/2, 2^22) or are NaN: "metal" rounds ties away from zero, "cpu" to
  * even. In [0, 2^22), half away from zero is the truncation of v + h with h the float below 0.5 (see fake_quantize.h);

@@ -12,3 +12,7 @@
 
 /* Tells the compiler of a precondition, so that it leaves out the code for its contrary. */
 #define QZ_ASSUME(condition) ((condition) ? (void)0 : __builtin_unreachable())
+
+/* Weights are read once, from memory: hardware alone fetches them too late where rows are short or other data come in
+ * between. The distance crosses row ends, as rows mostly follow each other. */
+enum { QZ_PREFETCH = 4096 };

@@ -30,6 +30,8 @@ QZ_INLINE float load_one(const char *from, qz_type type) {
     double wide;
     float single;
     switch (type) {
+    case QZ_E8M0: return qz_f32_from_e8m0(*(const uint8_t *)from);
+    case QZ_E4M3: return qz_f32_from_e4m3(*(const uint8_t *)from);
     case QZ_F64: memcpy(&wide, from, sizeof wide); return (float)wide;
     case QZ_F16: memcpy(&half, from, sizeof half); return qz_f32_from_f16(half);
     case QZ_BF16: memcpy(&half, from, sizeof half); return qz_f32_from_bf16(half);
@@ -59,17 +61,34 @@ QZ_INLINE void store_each(char *to, ptrdiff_t stride, qz_type type, const float 
     for (ptrdiff_t i = 0; i < count; i++) store_one(to + i * stride, type, from[i]);
 }
 
-/* Halves at `stride`, gathered where they are no neighbours. */
+/* Halves at `stride`, gathered where they are no neighbours: into a vector, since a load cannot be served by the
+ * smaller stores that are on their way. */
+typedef uint16_t halves __attribute__((vector_size(2 * QZ_LANES)));
+
 QZ_INLINE void load_halves(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
-    uint16_t copy[QZ_LANES];
     ptrdiff_t i = 0;
     if (stride == 2) {
         for (; i + QZ_LANES <= count; i += QZ_LANES) store_f32(to + i, load_floats(from, i, type));
     }
     for (; i + QZ_LANES <= count; i += QZ_LANES) {
+        halves gathered = {0};
         QZ_UNROLL
-        for (int j = 0; j < QZ_LANES; j++) memcpy(copy + j, from + (i + j) * stride, sizeof *copy);
-        store_f32(to + i, load_floats((const char *)copy, 0, type));
+        for (int j = 0; j < QZ_LANES; j++) {
+            uint16_t half;
+            memcpy(&half, from + (i + j) * stride, sizeof half);
+            gathered[j] = half;
+        }
+        store_f32(to + i, load_floats((const char *)&gathered, 0, type));
+    }
+    load_each(to + i, from + i * stride, stride, type, count - i);
+}
+
+/* Scales of bytes. */
+QZ_INLINE void load_bytes(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
+    ptrdiff_t i = 0;
+    for (; stride == 1 && i + QZ_LANES <= count; i += QZ_LANES) {
+        const v_i32 codes = i32_from_u8((const uint8_t *)from + i);
+        store_f32(to + i, type == QZ_E8M0 ? decode_e8m0(codes) : decode_fp8_e4m3(codes));
     }
     load_each(to + i, from + i * stride, stride, type, count - i);
 }
@@ -81,6 +100,8 @@ static __attribute__((noinline)) void QZ_NAME(load)(float *to, const char *from,
     case QZ_F16: load_halves(to, from, stride, QZ_F16, count); return;
     case QZ_BF16: load_halves(to, from, stride, QZ_BF16, count); return;
     case QZ_F64: load_each(to, from, stride, QZ_F64, count); return;
+    case QZ_E8M0: load_bytes(to, from, stride, QZ_E8M0, count); return;
+    case QZ_E4M3: load_bytes(to, from, stride, QZ_E4M3, count); return;
     default:
         if (stride == 4) {
             memcpy(to, from, (size_t)count * 4);

@@ -13,10 +13,18 @@
 #ifndef QZ_KERNELS_FIXED_POINT_H
 #define QZ_KERNELS_FIXED_POINT_H
 
+/* Kernels of the exact class know a format by the width of its codes, or as QZ_FP4: codes of 4 bits that are looked up.
+ * What multiplies x for them is twice the number plus 16, which takes 5 bits, and there is no bias. */
+enum { QZ_FP4 = 36 };
+#define QZ_STORED_BITS(bits) ((bits) == QZ_FP4 ? 4 : (bits))
+#define QZ_DOT_BITS(bits) ((bits) == QZ_FP4 ? 5 : (bits))
+#define QZ_HAS_BIAS(bits) ((bits) != QZ_FP4)
+#define QZ_UNIT(bits) ((bits) == QZ_FP4 ? 0.5f : 1.0f) /* what a step of the multiplied codes stands for */
+
 #define QZ_BLOCK(group_size) ((group_size) < QZ_MAX_BLOCK ? (group_size) : QZ_MAX_BLOCK)
 
 QZ_INLINE int narrow_bits(int bits, int block) {
-    int free_bits = 31 - __builtin_ctz((unsigned)block) - (bits - 1);
+    int free_bits = 31 - __builtin_ctz((unsigned)block) - (QZ_DOT_BITS(bits) - 1);
     return free_bits < 22 ? free_bits : 22;
 }
 QZ_INLINE int is_wide(int bits, int block, int digits) { return digits == 3 && narrow_bits(bits, block) < 21; }

@@ -68,9 +68,6 @@ QZ_INLINE void prepare_float_row(float *to, const float *x, ptrdiff_t k, ptrdiff
  * begins and ends a row. */
 enum { QZ_SHARING = 4, QZ_GROUPS = 64, QZ_LINES = 2 };
 
-/* Weights come from memory once; the distance crosses row ends, as rows mostly follow each other. */
-enum { QZ_PREFETCH_FLOAT = 4096 };
-
 QZ_INLINE int log2_of(ptrdiff_t power_of_two) { return __builtin_ctzll((unsigned long long)power_of_two); }
 
 /* Some groups of `lines` weight rows and what they are multiplied by: prepared rows, from these groups on. Scales are
@@ -121,9 +118,9 @@ QZ_INLINE v_f32 scales_of_words(const float *scales, int group_shift, ptrdiff_t 
     return v;
 }
 
-/* Asks for the scales that belong to weights QZ_PREFETCH_FLOAT bytes ahead. */
+/* Asks for the scales that belong to weights QZ_PREFETCH bytes ahead. */
 QZ_INLINE void prefetch_scales(const char *at, ptrdiff_t stride, ptrdiff_t groups, ptrdiff_t group_bytes) {
-    const ptrdiff_t ahead = QZ_PREFETCH_FLOAT / group_bytes;
+    const ptrdiff_t ahead = QZ_PREFETCH / group_bytes;
     for (ptrdiff_t i = 0; i < groups * stride; i += 64) __builtin_prefetch(at + ahead * stride + i);
 }
 
@@ -137,7 +134,7 @@ QZ_INLINE void add_vectors(v_f32 (*totals)[QZ_SHARING], const chunk *c, ptrdiff_
         QZ_UNROLL
         for (int r = 0; r < lines; r++) {
             const uint8_t *w = c->w + r * c->w_row_stride + i * bytes;
-            __builtin_prefetch(w + QZ_PREFETCH_FLOAT);
+            __builtin_prefetch(w + QZ_PREFETCH);
             words[r] = load_words(w, bits);
             scales[r] = scales_of_words(c->scales[r], c->group_shift, i, shared, bits);
         }

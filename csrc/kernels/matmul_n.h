@@ -21,6 +21,7 @@ QZ_INLINE void load_scales_n(panel_n *panel, const qz_scales *from, ptrdiff_t gr
     }
     QZ_NAME(load)(panel->scales, from->scales + first * from->scale_row_stride + s, from->scale_row_stride,
                   from->scale_type, count);
+    if (!QZ_HAS_BIAS(bits)) return;
     QZ_NAME(load)(panel->biases, from->biases + first * from->bias_row_stride + b, from->bias_row_stride,
                   from->bias_type, count);
     for (int i = 0; i < QZ_MAX_BLOCK; i++) {
@@ -37,7 +38,7 @@ QZ_INLINE void load_codes_n(panel_n *panel, const uint8_t *w, ptrdiff_t w_row_st
             QZ_UNROLL
             for (int i = 0; i < 4; i++) {
                 const ptrdiff_t line = k + i < count ? k + i : count - 1;
-                lines[i] = unpack_in_order(w + line * w_row_stride + n * bits / 8, bits, outputs - n);
+                lines[i] = unpack_line(w + line * w_row_stride + n * QZ_STORED_BITS(bits) / 8, bits, outputs - n);
             }
             store_interleaved_4(panel->quads[k / 4] + 4 * n, lines[0], lines[1], lines[2], lines[3]);
         }
@@ -55,13 +56,13 @@ QZ_INLINE void load_codes_n(panel_n *panel, const uint8_t *w, ptrdiff_t w_row_st
 
 /* A row of x against a panel: t = x s and z = x (b + c s), each put into block fixed point. */
 typedef struct row_n {
-    int8_t strip[QZ_MAX_DIGITS * QZ_MAX_BLOCK];
-    float scale, shift; /* 2^e of t; the sum of z */
+    int8_t strip[QZ_MAX_DIGITS * QZ_MAX_BLOCK]; /* digit after digit, if for multiply_row_n */
+    float scale, shift;                         /* 2^e of t; the sum of z */
     int32_t offset, offset_high;
     int is_finite;
 } row_n;
 
-QZ_INLINE void prepare_row_n(row_n *row, const float *from, ptrdiff_t count, const panel_n *panel, int bits,
+QZ_INLINE void prepare_row_n(row_n *row, const float *from, ptrdiff_t count, const panel_n *panel, int few, int bits,
                              int digits) {
     const int p = fixed_point_bits(bits, QZ_MAX_BLOCK, digits), wide = is_wide(bits, QZ_MAX_BLOCK, digits);
     float x[QZ_MAX_BLOCK] = {0}, t[QZ_MAX_BLOCK], z[QZ_MAX_BLOCK], z_scale;
@@ -70,44 +71,55 @@ QZ_INLINE void prepare_row_n(row_n *row, const float *from, ptrdiff_t count, con
     for (int i = 0; i < QZ_MAX_BLOCK; i += QZ_LANES) {
         v_f32 value = load_f32(x + i);
         store_f32(t + i, mul_f32(value, load_f32(panel->scales + i)));
-        store_f32(z + i, mul_f32(value, load_f32(panel->centred + i)));
+        if (QZ_HAS_BIAS(bits)) store_f32(z + i, mul_f32(value, load_f32(panel->centred + i)));
     }
-    row->is_finite = fixed_point(v, t, QZ_MAX_BLOCK, p, &row->scale) && fixed_point(u, z, QZ_MAX_BLOCK, 22, &z_scale);
+    row->is_finite = fixed_point(v, t, QZ_MAX_BLOCK, p, &row->scale);
+    if (QZ_HAS_BIAS(bits)) row->is_finite = row->is_finite && fixed_point(u, z, QZ_MAX_BLOCK, 22, &z_scale);
     if (!row->is_finite) return;
-    int32_t sum = store_strip(row->strip, v, QZ_MAX_BLOCK, bits, digits, wide, &high);
-    set_strip_offsets(&row->offset, &row->offset_high, sum, high, bits, digits, wide);
+    row->scale *= QZ_UNIT(bits);
+    if (few) {
+        int32_t sum = store_digits(row->strip, QZ_MAX_BLOCK, v, QZ_MAX_BLOCK, digits, &high);
+        set_offsets(&row->offset, &row->offset_high, sum, high, bits, wide);
+    } else {
+        int32_t sum = store_strip(row->strip, v, QZ_MAX_BLOCK, bits, digits, wide, &high);
+        set_strip_offsets(&row->offset, &row->offset_high, sum, high, bits, digits, wide);
+    }
+    if (!QZ_HAS_BIAS(bits)) return;
     for (int i = 0; i < QZ_MAX_BLOCK; i++) sum_u += u[i];
     row->shift = (float)sum_u * z_scale;
 }
 
-/* y = y + Gf * 2^e + Z for the outputs of a tile, which begin at `column` of the panel. */
-QZ_INLINE void add_terms_n(float *y, const v_i32 *low, const v_i32 *high, const panel_n *panel, ptrdiff_t column,
-                           const row_n *row, int bits, int digits, int wide) {
+/* y = y + Gf * 2^e + Z for the outputs of a tile, of which there are `outputs`: a group of 16 may be less than a tile.
+ * Without a bias, no Z. excess: of their pairs, if the low dots are of such. */
+QZ_INLINE void add_terms_n(float *y, const v_i32 *low, const v_i32 *high, const int32_t *excess, ptrdiff_t outputs,
+                           const row_n *row, int bits, int wide) {
     QZ_UNROLL
     for (int v = 0; v < QZ_TILE_VECTORS; v++) {
+        if (bits == QZ_FP4 && v * QZ_LANES >= outputs) break;
         float *to = y + v * QZ_LANES;
-        v_i32 sum = sub_i32(low[v], set1_i32(row->offset));
-        if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess + column + v * QZ_LANES));
-        v_f32 dot = f32_from_i32(sum);
-        if (wide) {
-            v_f32 top = f32_from_i32(sub_i32(high[v], set1_i32(row->offset_high)));
-            dot = add_f32(mul_f32(top, set1_f32(65536.0f)), dot);
-        }
-        v_f32 term = add_f32(mul_f32(dot, set1_f32(row->scale)), set1_f32(row->shift));
+        v_i32 sum = excess ? sub_i32(low[v], load_i32(excess + v * QZ_LANES)) : low[v];
+        v_f32 dot = float_of_dots(sum, high + v, set1_i32(row->offset), set1_i32(row->offset_high), wide);
+        v_f32 term = mul_f32(dot, set1_f32(row->scale));
+        if (QZ_HAS_BIAS(bits)) term = add_f32(term, set1_f32(row->shift));
         store_f32(to, add_f32(load_f32(to), term));
     }
 }
 
 /* A block in which x s or x (b + c s) is not finite: the plain sum, in order. */
-static void add_terms_n_not_finite(float *y, const float *x, const panel_n *panel, ptrdiff_t columns, ptrdiff_t count) {
-    for (ptrdiff_t n = 0; n < columns; n++) {
-        float term = 0.0f;
-        for (ptrdiff_t k = 0; k < count; k++) {
-            float weight = panel->scales[k] * (float)panel->quads[k / 4][4 * n + k % 4] + panel->biases[k];
-            term += x[k] * weight;
+static void add_terms_n_not_finite(float *y, const float *x, const panel_n *panel, const uint8_t *w,
+                                   ptrdiff_t w_row_stride, ptrdiff_t outputs, ptrdiff_t count, int bits) {
+    float terms[QZ_MAX_GROUP] = {0};
+    for (ptrdiff_t k = 0; k < count; k++) {
+        uint8_t codes[QZ_MAX_GROUP];
+        unpack_bits(codes, w + k * w_row_stride, QZ_STORED_BITS(bits), outputs);
+        for (ptrdiff_t n = 0; n < outputs; n++) {
+            const int shifted = QZ_HAS_BIAS(bits) ? codes[n] : shifted_fp4[codes[n]] - QZ_CENTRE(bits);
+            float weight = panel->scales[k] * (QZ_UNIT(bits) * (float)shifted);
+            if (QZ_HAS_BIAS(bits)) weight += panel->biases[k];
+            terms[n] += x[k] * weight;
         }
-        y[n] += term;
     }
+    for (ptrdiff_t n = 0; n < outputs; n++) y[n] += terms[n];
 }
 
 /* `rows` rows of x, of which the first `count` count, against all outputs of a panel. */
@@ -123,27 +135,89 @@ QZ_INLINE void multiply_panel_n(float *y, ptrdiff_t pitch, const panel_n *panel,
         codes.pairs = panel->pairs[0] + 4 * n;
 #endif
         sum_tile(low, high, codes, strips, 0, rows, bits, QZ_MAX_BLOCK, digits, wide);
+        const int32_t *excess = wide && has_pairs(bits, digits) ? panel->excess + n : NULL;
         for (ptrdiff_t r = 0; r < count; r++) {
-            if (x[r].is_finite) add_terms_n(y + r * pitch + n, low[r], high[r], panel, n, &x[r], bits, digits, wide);
+            if (x[r].is_finite) add_terms_n(y + r * pitch + n, low[r], high[r], excess, outputs - n, &x[r], bits, wide);
         }
     }
 }
 
+#if QZ_PAIRS
+typedef v_sums sums_n[QZ_MAX_DIGITS][2]; /* of 32 outputs, by digit */
+
+/* Adds two weight rows' products with the digits at x and, of the next row, at x + 1. */
+QZ_INLINE void add_rows_n(sums_n sums, const uint8_t *first, const uint8_t *second, const int8_t *x, int bits,
+                          int digits) {
+    v_u8 codes[2];
+    pair_rows(codes, first, second, bits);
+    QZ_UNROLL
+    for (int d = 0; d < digits; d++) {
+        const v_u8 digit = broadcast_two(x + d * QZ_MAX_BLOCK);
+        QZ_UNROLL
+        for (int v = 0; v < 2; v++) sums[d][v] = add_quad(sums[d][v], codes[v], digit, bits);
+    }
+}
+
+/* The dots of a row of x with the `count` codes of each of 32 outputs: low of the two low digits, high of the top one.
+ * x is 0 beyond them. */
+QZ_INLINE void sum_row_n(v_i32 low[4], v_i32 high[4], const uint8_t *w, ptrdiff_t stride, ptrdiff_t count,
+                         const int8_t *x, int bits, int digits) {
+    const int fit = 2 * QZ_QUADS_TOGETHER(bits, 128); /* rows whose sums are int16 */
+    const v_sums none[2] = {no_sums(), no_sums()};
+    QZ_UNROLL
+    for (int v = 0; v < 4; v++) low[v] = high[v] = set1_i32(0);
+    for (ptrdiff_t begin = 0; begin < count; begin += fit) {
+        const ptrdiff_t some = count - begin < fit ? count - begin : fit;
+        sums_n sums = {{no_sums(), no_sums()}, {no_sums(), no_sums()}, {no_sums(), no_sums()}};
+        QZ_UNROLL_BY_4
+        for (ptrdiff_t i = 0; i < some / 2; i++) {
+            add_rows_n(sums, w, w + stride, x + begin + 2 * i, bits, digits);
+            w += 2 * stride;
+        }
+        if (some % 2) add_rows_n(sums, w, w, x + begin + some - 1, bits, digits);
+        widen_pairs(low, sums[0], digits > 1 ? sums[1] : none);
+        if (digits == 3) widen_pairs(high, sums[2], none);
+    }
+    order_sums(low, bits);
+    if (digits == 3) order_sums(high, bits);
+}
+
+/* One row of x against the group of outputs whose codes begin at w: no other row would share codes put in quads. */
+QZ_INLINE void multiply_row_n(float *y, const uint8_t *w, ptrdiff_t stride, ptrdiff_t outputs, const row_n *row,
+                              ptrdiff_t count, int bits, int digits) {
+    const int wide = is_wide(bits, QZ_MAX_BLOCK, digits);
+    for (ptrdiff_t n = 0; n < outputs; n += 32) {
+        v_i32 low[4], high[4];
+        sum_row_n(low, high, w + n * bits / 8, stride, count, row->strip, bits, digits);
+        QZ_UNROLL
+        for (int v = 0; v < 4; v++) {
+            if (digits == 3 && !wide) low[v] = add_i32(low[v], shl_i32(high[v], 16));
+        }
+        QZ_UNROLL
+        for (int v = 0; v < 4; v += QZ_TILE_VECTORS) {
+            add_terms_n(y + n + v * QZ_LANES, low + v, high + v, NULL, outputs - n - v * QZ_LANES, row, bits, wide);
+        }
+    }
+}
+#endif
+
 /* One block of k of the job's weights [first, first + count), for one group of outputs, from `column` on. */
 QZ_INLINE void multiply_block_n(panel_n *panel, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t count,
                                 ptrdiff_t column, int bits, int digits) {
-    const ptrdiff_t outputs = job->group_size;
+    const ptrdiff_t outputs = job->group_size, stride = job->w_row_stride;
+    const uint8_t *w = job->w + first * stride + column * QZ_STORED_BITS(bits) / 8;
     load_scales_n(panel, &job->scales, column / job->group_size, first, count, bits);
-    load_codes_n(panel, job->w + first * job->w_row_stride + column * bits / 8, job->w_row_stride, count, outputs, bits,
-                 digits);
+    load_codes_n(panel, w, stride, count, outputs, bits, digits);
     for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
         const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
         float *y = job->y + m * job->y_stride + column;
         row_n x[QZ_TILE_M];
         for (ptrdiff_t r = 0; r < rows; r++) {
             const float *from = (const float *)(job->x + (m + r) * job->x_stride) + first;
-            prepare_row_n(&x[r], from, count, panel, bits, digits);
-            if (!x[r].is_finite) add_terms_n_not_finite(y + r * job->y_stride, from, panel, outputs, count);
+            prepare_row_n(&x[r], from, count, panel, 0, bits, digits);
+            if (!x[r].is_finite) {
+                add_terms_n_not_finite(y + r * job->y_stride, from, panel, w, stride, outputs, count, bits);
+            }
         }
         if (rows == 1) {
             multiply_panel_n(y, job->y_stride, panel, outputs, x, rows, 1, bits, digits);
@@ -153,12 +227,37 @@ QZ_INLINE void multiply_block_n(panel_n *panel, const qz_matmul_job *job, ptrdif
     }
 }
 
+#if QZ_PAIRS
+/* Rows of x up to which codes are taken anew for each: quads and pairs of them would cost more than they save. 8-bit
+ * codes have no int16 sums of digits. */
+enum { QZ_FEW_N = 2 };
+
+/* multiply_block_n for few rows. */
+QZ_INLINE void multiply_few_n(panel_n *panel, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t count,
+                              ptrdiff_t column, int bits, int digits) {
+    const ptrdiff_t outputs = job->group_size, stride = job->w_row_stride;
+    const uint8_t *w = job->w + first * stride + column * QZ_STORED_BITS(bits) / 8;
+    load_scales_n(panel, &job->scales, column / job->group_size, first, count, bits);
+    for (ptrdiff_t m = 0; m < job->m; m++) {
+        const float *from = (const float *)(job->x + m * job->x_stride) + first;
+        float *y = job->y + m * job->y_stride + column;
+        row_n x;
+        prepare_row_n(&x, from, count, panel, 1, bits, digits);
+        if (x.is_finite) {
+            multiply_row_n(y, w, stride, outputs, &x, count, bits, digits);
+        } else {
+            add_terms_n_not_finite(y, from, panel, w, stride, outputs, count, bits);
+        }
+    }
+}
+#endif
+
 /* Lines of weights are far apart, so that hardware does not foresee them. */
 QZ_INLINE void prefetch_lines(const qz_matmul_job *job, ptrdiff_t first, int bits) {
     const ptrdiff_t last = first + QZ_MAX_BLOCK < job->rows ? first + QZ_MAX_BLOCK : job->rows;
     for (ptrdiff_t k = first; k < last; k++) {
         const uint8_t *line = job->w + k * job->w_row_stride;
-        for (ptrdiff_t i = 0; i < job->columns * bits / 8; i += 64) prefetch(line + i);
+        for (ptrdiff_t i = 0; i < job->columns * QZ_STORED_BITS(bits) / 8; i += 64) prefetch(line + i);
     }
 }
 
@@ -169,6 +268,12 @@ QZ_INLINE void matmul_n(const qz_matmul_job *job, int bits, int digits) {
         const ptrdiff_t count = job->rows - first < QZ_MAX_BLOCK ? job->rows - first : QZ_MAX_BLOCK;
         prefetch_lines(job, first + QZ_MAX_BLOCK, bits);
         for (ptrdiff_t column = 0; column < job->columns; column += job->group_size) {
+#if QZ_PAIRS
+            if (bits < 8 && job->m <= QZ_FEW_N) {
+                multiply_few_n(&panel, job, first, count, column, bits, digits);
+                continue;
+            }
+#endif
             multiply_block_n(&panel, job, first, count, column, bits, digits);
         }
     }

@@ -8,7 +8,8 @@
 #define QZ_VECTOR_BYTES (4 * QZ_LANES)
 
 /* Codes of a step, and its vectors of codes. */
-#define QZ_STEP(bits, block) (QZ_FOLD(bits) * QZ_VECTOR_BYTES > (block) ? QZ_FOLD(bits) * QZ_VECTOR_BYTES : (block))
+#define QZ_CODES_FOLDED(bits) (QZ_FOLD(QZ_STORED_BITS(bits)) * QZ_VECTOR_BYTES)
+#define QZ_STEP(bits, block) (QZ_CODES_FOLDED(bits) > (block) ? QZ_CODES_FOLDED(bits) : (block))
 #define QZ_UNITS(bits, block) (QZ_STEP(bits, block) / QZ_VECTOR_BYTES)
 enum { QZ_MAX_UNITS = 4 };
 
@@ -36,6 +37,28 @@ QZ_INLINE planes planes_at(const char *prepared, ptrdiff_t k, int block, int dig
     p.offset = (int32_t *)(p.sum + blocks);
     p.offset_high = p.offset + blocks;
     return p;
+}
+
+/* Codes as they multiply: FP4's are looked up. */
+static const uint8_t shifted_fp4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
+QZ_INLINE v_u8 as_multiplied(v_u8 codes, int bits) { return bits == QZ_FP4 ? look_up_u8(shifted_fp4, codes) : codes; }
+
+/* unpack_folded and unpack_in_order of such. Groups of 16 may end within the 32 codes that the latter reads. */
+QZ_INLINE void unpack_codes(v_u8 *codes, const uint8_t *packed, int bits) {
+    const int fold = QZ_FOLD(QZ_STORED_BITS(bits));
+    unpack_folded(codes, packed, QZ_STORED_BITS(bits));
+    QZ_UNROLL
+    for (int f = 0; f < fold; f++) codes[f] = as_multiplied(codes[f], bits);
+}
+
+QZ_INLINE v_u8 unpack_line(const uint8_t *packed, int bits, ptrdiff_t count) {
+    uint8_t copy[QZ_VECTOR_BYTES / 2] = {0};
+    if (bits == QZ_FP4 && count < QZ_VECTOR_BYTES && count % 32 != 0) {
+        for (ptrdiff_t i = 0; i < count; i += 16) memcpy(copy + i / 2, packed + i / 2, 8);
+        packed = copy;
+        count = QZ_VECTOR_BYTES;
+    }
+    return as_multiplied(unpack_in_order(packed, QZ_STORED_BITS(bits), count), bits);
 }
 
 /* v from x, both of `count` elements, a multiple of QZ_LANES. Returns whether all of x is finite. */
@@ -103,16 +126,17 @@ QZ_INLINE void fold_bytes(int8_t *to, const int8_t *from, int count, int fold) {
 
 QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
     const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
-    const int step = QZ_STEP(bits, block), fold = QZ_FOLD(bits);
+    const int step = QZ_STEP(bits, block), fold = QZ_FOLD(QZ_STORED_BITS(bits));
     planes to = planes_at(prepared, k, block, digits);
-    memset(prepared, 0, planes_size(k, block, digits));
     for (ptrdiff_t begin = 0; begin < k; begin += step) {
-        int8_t ordered[QZ_MAX_DIGITS][4 * QZ_VECTOR_BYTES < QZ_MAX_BLOCK ? QZ_MAX_BLOCK : 4 * QZ_VECTOR_BYTES] = {{0}};
+        int8_t ordered[QZ_MAX_DIGITS][4 * QZ_VECTOR_BYTES < QZ_MAX_BLOCK ? QZ_MAX_BLOCK : 4 * QZ_VECTOR_BYTES];
+        if (k - begin < step) memset(ordered, 0, sizeof ordered);
         for (ptrdiff_t at = begin; at < k && at < begin + step; at += block) {
             int32_t v[QZ_MAX_BLOCK], high;
             const ptrdiff_t b = at / block;
             if (!fixed_point(v, x + at, block, p, &to.scale[b])) return 0;
             int32_t sum = store_digits(ordered[0] + (at - begin), sizeof ordered[0], v, block, digits, &high);
+            to.scale[b] *= QZ_UNIT(bits);
             to.sum[b] = (float)sum;
             set_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, wide);
         }

@@ -45,7 +45,7 @@ QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul
     ptrdiff_t scales[QZ_LANES], biases[QZ_LANES];
     for (int i = 0; i < QZ_LANES; i++) {
         const ptrdiff_t r = row + i < job->rows ? row + i : job->rows - 1;
-        w[i] = job->w + r * job->w_row_stride + first * block * bits / 8;
+        w[i] = job->w + r * job->w_row_stride + first * block * QZ_STORED_BITS(bits) / 8;
         scales[i] = r * from->scale_row_stride + group * from->scale_group_stride;
         biases[i] = r * from->bias_row_stride + group * from->bias_group_stride;
     }
@@ -53,7 +53,7 @@ QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul
         v_f32 codes[QZ_LANES];
         QZ_UNROLL
         for (int i = 0; i < QZ_LANES; i++) {
-            codes[i] = f32_of_bits((v_i32)unpack_in_order(w[i] + k * bits / 8, bits, count - k));
+            codes[i] = f32_of_bits((v_i32)unpack_line(w[i] + k * QZ_STORED_BITS(bits) / 8, bits, count - k));
         }
         transpose_f32(codes);
         QZ_UNROLL
@@ -63,6 +63,7 @@ QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul
     }
     load_columns(panel->scales, first_output, from->scales, scales, from->scale_group_stride, from->scale_type, blocks,
                  per_group);
+    if (!QZ_HAS_BIAS(bits)) return;
     load_columns(panel->centred, first_output, from->biases, biases, from->bias_group_stride, from->bias_type, blocks,
                  per_group);
 }
@@ -85,6 +86,7 @@ QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t 
 #else
         (void)digits;
 #endif
+        if (!QZ_HAS_BIAS(bits)) continue;
         QZ_UNROLL
         for (int v = 0; v < QZ_TILE_OUTPUTS; v += QZ_LANES) {
             const v_f32 shift = mul_f32(centre, load_f32(panel->scales[b] + v));
@@ -93,21 +95,20 @@ QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t 
     }
 }
 
-/* y = y + (Gf * s + (b + c s) * S) * 2^e for one row of x, whose numbers for the block are `x` at `at`. */
+/* y = y + (Gf * s + (b + c s) * S) * 2^e, or what block_terms has without a bias, for one row of x, whose numbers for
+ * the block are `x` at `at`. */
 QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, const panel_t *panel, int b,
                               const planes *x, ptrdiff_t at, int bits, int digits, int wide) {
     QZ_UNROLL
     for (int v = 0; v < QZ_TILE_VECTORS; v++) {
-        v_i32 sum = sub_i32(low[v], set1_i32(x->offset[at]));
+        v_i32 sum = low[v];
         if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess[b] + v * QZ_LANES));
-        v_f32 dot = f32_from_i32(sum);
-        if (wide) {
-            v_f32 top = f32_from_i32(sub_i32(high[v], set1_i32(x->offset_high[at])));
-            dot = add_f32(mul_f32(top, set1_f32(65536.0f)), dot);
+        v_f32 dot = float_of_dots(sum, high + v, set1_i32(x->offset[at]), set1_i32(x->offset_high[at]), wide);
+        v_f32 term = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
+        if (QZ_HAS_BIAS(bits)) {
+            term = add_f32(term, mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(x->sum[at])));
         }
-        v_f32 product = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
-        v_f32 shift = mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(x->sum[at]));
-        v_f32 term = mul_f32(add_f32(product, shift), set1_f32(x->scale[at]));
+        term = mul_f32(term, set1_f32(x->scale[at]));
         store_f32(y + v * QZ_LANES, add_f32(load_f32(y + v * QZ_LANES), term));
     }
 }
@@ -164,6 +165,7 @@ QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bi
         int32_t v[QZ_MAX_BLOCK], high;
         if (!fixed_point(v, x + b * block, block, p, &to.scale[b])) return 0;
         const int32_t sum = store_strip(to.digits + b * block * bytes, v, block, bits, digits, wide, &high);
+        to.scale[b] *= QZ_UNIT(bits);
         to.sum[b] = (float)sum;
         set_strip_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, digits, wide);
     }

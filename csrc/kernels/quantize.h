@@ -87,7 +87,7 @@ QZ_INLINE void measure_groups(v_f32 *lo, v_f32 *hi, affine_batch *b, const char 
     for (ptrdiff_t g = 0; g < QZ_LANES; g++) {
         los[g] = set1_f32(INFINITY);
         his[g] = set1_f32(-INFINITY);
-        QZ_UNROLL_BY_4
+        QZ_UNROLL
         for (ptrdiff_t i = 0; i < size; i += QZ_LANES) {
             v_f32 v = load_floats(w, at + i, type);
             if (type != QZ_F32) store_f32(b->copy + at + i, v);
@@ -104,8 +104,7 @@ QZ_INLINE void measure_type(v_f32 *lo, v_f32 *hi, affine_batch *b, const char *w
     switch (size) {
     case 32: measure_groups(lo, hi, b, w, 32, type); return;
     case 64: measure_groups(lo, hi, b, w, 64, type); return;
-    case 128: measure_groups(lo, hi, b, w, 128, type); return;
-    default: measure_groups(lo, hi, b, w, size, type);
+    default: QZ_ASSUME(size == 128); measure_groups(lo, hi, b, w, 128, type);
     }
 }
 

@@ -45,21 +45,44 @@
     static void QZ_NAME(float_prefill_t_##name)(const qz_matmul_job *job) { float_prefill_t(job, bits); }     \
     static void QZ_NAME(float_n_##name)(const qz_matmul_job *job) { float_matmul_n(job, bits); }
 
-#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias)                            \
-    static void QZ_NAME(quantize_metal_##name)(const qz_quantize_job *job) {                               \
-        quantize_##mode(job, bits, QZ_PROFILE_METAL);                                                      \
-    }                                                                                                      \
-    static void QZ_NAME(quantize_cpu_##name)(const qz_quantize_job *job) {                                 \
-        quantize_##mode(job, bits, QZ_PROFILE_CPU);                                                        \
-    }                                                                                                      \
-    static void QZ_NAME(dequantize_##name)(const qz_dequantize_job *job) { dequantize_##mode(job, bits); } \
-    QZ_DEFINE_FLOAT(name, bits)                                                                            \
-    QZ_DEFINE_MATMUL_N(name, bits, 1)                                                                      \
-    QZ_DEFINE_MATMUL_N(name, bits, 2)                                                                      \
-    QZ_DEFINE_MATMUL_N(name, bits, 3)                                                                      \
-    QZ_DEFINE_SLOT(name, 0, 0, bits, first, first)                                                         \
-    QZ_DEFINE_SLOT(name, 1, 0, bits, second, first)                                                        \
+#define QZ_DEFINE_QUANTIZE(name, quantize, dequantize, ...)                  \
+    static void QZ_NAME(quantize_metal_##name)(const qz_quantize_job *job) { \
+        quantize(job, __VA_ARGS__, QZ_PROFILE_METAL);                        \
+    }                                                                        \
+    static void QZ_NAME(quantize_cpu_##name)(const qz_quantize_job *job) {   \
+        quantize(job, __VA_ARGS__, QZ_PROFILE_CPU);                          \
+    }                                                                        \
+    static void QZ_NAME(dequantize_##name)(const qz_dequantize_job *job) { dequantize(job, __VA_ARGS__); }
+
+#define QZ_DEFINE_affine(name, element, bits, first, second, third, scale) \
+    QZ_DEFINE_QUANTIZE(name, quantize_affine, dequantize_affine, bits)     \
+    QZ_DEFINE_FLOAT(name, bits)                                            \
+    QZ_DEFINE_MATMUL_N(name, bits, 1)                                      \
+    QZ_DEFINE_MATMUL_N(name, bits, 2)                                      \
+    QZ_DEFINE_MATMUL_N(name, bits, 3)                                      \
+    QZ_DEFINE_SLOT(name, 0, 0, bits, first, first)                         \
+    QZ_DEFINE_SLOT(name, 1, 0, bits, second, first)                        \
     QZ_DEFINE_SLOT(name, 2, 1, bits, third, second)
+#define QZ_DEFINE_fp(name, element, bits, first, second, third, scale)             \
+    QZ_DEFINE_QUANTIZE(name, quantize_fp, dequantize_fp, &element, &scale_##scale) \
+    QZ_DEFINE_##element(name, first)
+#define QZ_DEFINE_fp4_e2m1(name, first) \
+    QZ_DEFINE_MATMUL_N(name, QZ_FP4, 1) \
+    QZ_DEFINE_MATMUL_N(name, QZ_FP4, 2) \
+    QZ_DEFINE_MATMUL_N(name, QZ_FP4, 3) \
+    QZ_DEFINE_SLOT(name, 0, 0, QZ_FP4, first, first)
+#define QZ_DEFINE_fp8_e4m3(name, first)                                                        \
+    static size_t QZ_NAME(row_size_##name)(ptrdiff_t k) { return (size_t)k * sizeof(float); }  \
+    static int QZ_NAME(copy_row_##name)(char *prepared, const float *x, ptrdiff_t k) {         \
+        memcpy(prepared, x, (size_t)k * sizeof *x);                                            \
+        return 1;                                                                              \
+    }                                                                                          \
+    static void QZ_NAME(decode_t_##name)(const qz_matmul_job *job) { QZ_DECODE_T_FP8(job); }   \
+    static void QZ_NAME(prefill_t_##name)(const qz_matmul_job *job) { QZ_PREFILL_T_FP8(job); } \
+    static void QZ_NAME(matmul_n_##name)(const qz_matmul_job *job) { QZ_MATMUL_N_FP8(job); }
+
+#define QZ_FORMAT(name, family, mode, element, bits, first, second, third, scale, bias) \
+    QZ_DEFINE_##family(name, element, bits, first, second, third, scale)
 #include "../formats.def"
 #undef QZ_FORMAT
 
@@ -71,15 +94,34 @@
 #define QZ_FLOAT_KERNELS(name)                                                                      \
     {QZ_NAME(float_row_size_##name), QZ_NAME(prepare_float_##name), QZ_NAME(float_decode_t_##name), \
      QZ_NAME(float_prefill_t_##name), QZ_NAME(float_n_##name)}
-#define QZ_SLOT(name, slot)                                                                                  \
-    {{[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}, \
-     QZ_NAME(dequantize_##name),                                                                             \
-     QZ_KERNELS_BY_DIGITS(decode, name##_##slot),                                                            \
-     QZ_KERNELS_BY_DIGITS(prefill, name##_##slot),                                                           \
-     QZ_BY_DIGITS(matmul_n_##name),                                                                          \
+#define QZ_QUANTIZE(name) \
+    {[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}
+#define QZ_SLOT_affine(name, slot)                 \
+    {QZ_QUANTIZE(name),                            \
+     QZ_NAME(dequantize_##name),                   \
+     QZ_KERNELS_BY_DIGITS(decode, name##_##slot),  \
+     QZ_KERNELS_BY_DIGITS(prefill, name##_##slot), \
+     QZ_BY_DIGITS(matmul_n_##name),                \
      QZ_FLOAT_KERNELS(name)}
-#define QZ_FORMAT(name, mode, element, bits, first, second, third, scale, bias) \
-    {QZ_SLOT(name, 0), QZ_SLOT(name, 1), QZ_SLOT(name, 2)},
+/* The fp family has one group size, and no kernels of the float class: where those are asked for, the binding refuses,
+ * or for fp8_e4m3 takes the exact ones, whose sums are as good. x keeps all its digits there. */
+#define QZ_SLOT_fp4_e2m1(name)                 \
+    {.quantize = QZ_QUANTIZE(name),            \
+     .dequantize = QZ_NAME(dequantize_##name), \
+     QZ_KERNELS_BY_DIGITS(decode, name##_0),   \
+     QZ_KERNELS_BY_DIGITS(prefill, name##_0),  \
+     QZ_BY_DIGITS(matmul_n_##name)}
+#define QZ_KERNEL_FP8(kind, name) {QZ_NAME(row_size_##name), QZ_NAME(copy_row_##name), QZ_NAME(kind##_##name)}
+#define QZ_THRICE(...) {__VA_ARGS__, __VA_ARGS__, __VA_ARGS__}
+#define QZ_SLOT_fp8_e4m3(name)                  \
+    {.quantize = QZ_QUANTIZE(name),             \
+     .dequantize = QZ_NAME(dequantize_##name),  \
+     QZ_THRICE(QZ_KERNEL_FP8(decode_t, name)),  \
+     QZ_THRICE(QZ_KERNEL_FP8(prefill_t, name)), \
+     QZ_THRICE(QZ_NAME(matmul_n_##name))}
+#define QZ_SLOTS_affine(name, element) {QZ_SLOT_affine(name, 0), QZ_SLOT_affine(name, 1), QZ_SLOT_affine(name, 2)},
+#define QZ_SLOTS_fp(name, element) {QZ_SLOT_##element(name)},
+#define QZ_FORMAT(name, family, mode, element, bits, first, second, third, scale, bias) QZ_SLOTS_##family(name, element)
 static const qz_format_kernels QZ_NAME(format_kernels)[QZ_FORMATS][QZ_GROUP_SLOTS] = {
 #include "../formats.def"
 };
@@ -95,6 +137,8 @@ const qz_kernels QZ_NAME(qz_kernels) = {
     .load = QZ_NAME(load),
     .store = QZ_NAME(store),
     .fake_quantize = QZ_NAME(fake_quantize),
+    .to_fp8 = QZ_NAME(to_fp8),
+    .from_fp8 = QZ_NAME(from_fp8),
     .format = QZ_NAME(format),
     .probe = {QZ_NAME(probe_read), QZ_NAME(probe_stream), QZ_NAME(probe_fma), QZ_NAME(probe_dot),
               .fma_operations = 2 * QZ_LANES * QZ_PROBE_CHAINS,

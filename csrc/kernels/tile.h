@@ -77,7 +77,7 @@ QZ_INLINE void set_strip_offsets(int32_t *offset, int32_t *offset_high, int32_t 
 QZ_INLINE void add_quads(tile_sums sums, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows, int quads,
                          int bits, int most) {
     (void)most; /* where all fit */
-    const int fit = QZ_QUADS_TOGETHER(bits, most), together = fit < quads ? fit : quads;
+    const int fit = QZ_QUADS_TOGETHER(QZ_DOT_BITS(bits), most), together = fit < quads ? fit : quads;
     for (int begin = 0; begin < quads; begin += together) {
         v_sums sum[QZ_TILE_M][QZ_TILE_VECTORS];
         QZ_UNROLL
@@ -95,7 +95,8 @@ QZ_INLINE void add_quads(tile_sums sums, tile_codes codes, const int8_t *const *
             for (int r = 0; r < rows; r++) {
                 const v_u8 digit = broadcast_four(x[r] + at + 4 * k);
                 QZ_UNROLL
-                for (int v = 0; v < QZ_TILE_VECTORS; v++) sum[r][v] = add_quad(sum[r][v], code[v], digit, bits);
+                for (int v = 0; v < QZ_TILE_VECTORS; v++)
+                    sum[r][v] = add_quad(sum[r][v], code[v], digit, QZ_DOT_BITS(bits));
             }
         }
         QZ_UNROLL

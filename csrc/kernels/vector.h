@@ -1,6 +1,9 @@
 /* All kernels of an ISA with vectors: what its unit of csrc/isa/ includes inside its target region. */
 #include "begin.h"
 
+#include "../elements/e8m0.h"
+#include "../elements/fp4_e2m1.h"
+#include "../elements/fp8_e4m3.h"
 #include "../elements/uint.h"
 #include "convert.h"
 #include "fake_quantize.h"
@@ -14,6 +17,10 @@
 #include "matmul_float.h"
 #include "probe.h"
 #include "quantize.h"
+#include "quantize_fp.h"
+
+#include "fp8.h"
+#include "matmul_fp8.h"
 
 #define QZ_MATMUL_NOTE "digit planes, " QZ_DOT_NAME
 #define QZ_DECODE_SIZE(k, bits, block, digits) planes_size(k, block, digits)
@@ -23,4 +30,7 @@
 #define QZ_PREFILL_PREPARE prepare_strips
 #define QZ_PREFILL_T prefill_t
 #define QZ_MATMUL_N matmul_n
+#define QZ_DECODE_T_FP8 QZ_NAME(decode_t_fp8)
+#define QZ_PREFILL_T_FP8 QZ_NAME(prefill_t_fp8)
+#define QZ_MATMUL_N_FP8 QZ_NAME(matmul_n_fp8)
 #include "table.h"

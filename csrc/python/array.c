@@ -48,7 +48,7 @@ static int buffer_type(const Py_buffer *buffer, int raw_bfloat16, qz_type *type)
     static const struct {
         const char *letters;
         qz_type type;
-    } known[] = {{"f", QZ_F32}, {"e", QZ_F16}, {"d", QZ_F64}, {"H", QZ_BF16}, {"iIlL", QZ_U32}};
+    } known[] = {{"f", QZ_F32}, {"e", QZ_F16}, {"d", QZ_F64}, {"H", QZ_BF16}, {"iIlL", QZ_U32}, {"B", QZ_U8}};
     const char *format = buffer->format ? buffer->format : "B";
     if (strcmp(format, "bfloat16") == 0 && buffer->itemsize == 2) { /* as MLX arrays name it */
         *type = QZ_BF16;
@@ -133,6 +133,7 @@ static int dtype_type(const call *c, const PyObject *dtype, qz_type *type) {
     if (dtype == state->f32) return *type = QZ_F32, 1;
     if (dtype == state->u32 || dtype == state->i32) return *type = QZ_U32, 1;
     if (dtype == state->f16) return *type = QZ_F16, 1;
+    if (dtype == state->u8) return *type = QZ_U8, 1;
     if (dtype == state->f64) return *type = QZ_F64, 1;
     *type = QZ_BF16;
     return dtype == state->ml_bfloat16 || (dtype == state->u16 && c->raw_bfloat16);
@@ -143,7 +144,9 @@ static int dtype_type(const call *c, const PyObject *dtype, qz_type *type) {
  * error. */
 static int take_plain_array(view *v, const call *c, PyObject *object) {
     if ((PyObject *)Py_TYPE(object) != c->state->ndarray) return 0;
-    PyObject *dtype = PyObject_GetAttr(object, c->state->dtype_name);
+    PyObject *const property = c->state->dtype_of_arrays; /* without the search for it in the array's type */
+    descrgetfunc get = (descrgetfunc)PyType_GetSlot(Py_TYPE(property), Py_tp_descr_get);
+    PyObject *dtype = get(property, object, c->state->ndarray);
     if (!dtype) return -1;
     Py_DECREF(dtype); /* from here on an address to compare */
     if (!dtype_type(c, dtype, &v->array.type)) return 0;
@@ -226,15 +229,70 @@ int qz_take_floats(view *v, const call *c, const char *name, PyObject *object) {
     int taken = take_memory(v, c, name, object, 0, float_kinds);
     if (taken == 0) taken = take_array_like(v, c, name, object);
     if (taken < 0) return -1;
-    if (v->array.type == QZ_U32) return raise_dtype(c, name, object, float_kinds);
+    if (v->array.type == QZ_U32 || v->array.type == QZ_U8) return raise_dtype(c, name, object, float_kinds);
+    return qz_checked_count(c, name, v->array.shape, v->array.ndim) < 0 ? -1 : 0;
+}
+
+static int take_integers(view *v, const call *c, const char *name, PyObject *object, qz_type type, const char *kinds) {
+    int taken = take_memory(v, c, name, object, 0, kinds);
+    if (taken < 0) return -1;
+    if (taken == 0 || v->array.type != type) return raise_dtype(c, name, object, kinds);
     return qz_checked_count(c, name, v->array.shape, v->array.ndim) < 0 ? -1 : 0;
 }
 
 int qz_take_codes(view *v, const call *c, const char *name, PyObject *object) {
-    int taken = take_memory(v, c, name, object, 0, code_kinds);
-    if (taken < 0) return -1;
-    if (taken == 0 || v->array.type != QZ_U32) return raise_dtype(c, name, object, code_kinds);
-    return qz_checked_count(c, name, v->array.shape, v->array.ndim) < 0 ? -1 : 0;
+    return take_integers(v, c, name, object, QZ_U32, code_kinds);
+}
+
+/* The array itself, or an ml_dtypes array of this type as its bytes; a new reference or NULL. */
+static PyObject *as_bytes(const call *c, PyObject *object, const char *ml_dtype) {
+    PyObject *dtype = PyObject_GetAttrString(object, "dtype"), *text = NULL, *bytes = NULL;
+    if (dtype && dtype != c->state->u8) text = PyObject_GetAttrString(dtype, "name");
+    if (text && PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, ml_dtype) == 0)
+        bytes = PyObject_CallMethod(object, "view", "O", c->state->u8);
+    int failed = PyErr_Occurred() && clear_unless_serious() < 0;
+    Py_XDECREF(dtype);
+    Py_XDECREF(text);
+    return bytes || failed ? bytes : Py_NewRef(object);
+}
+
+int qz_take_byte_floats(view *v, const call *c, const char *name, PyObject *object, const char *element) {
+    const int is_e8m0 = strcmp(element, "e8m0") == 0;
+    PyObject *bytes = as_bytes(c, object, is_e8m0 ? "float8_e8m0fnu" : "float8_e4m3fn");
+    if (!bytes) return -1;
+    int status =
+        take_integers(v, c, name, bytes, QZ_U8,
+                      is_e8m0 ? "uint8 (or ml_dtypes' float8_e8m0fnu)" : "uint8 (or ml_dtypes' float8_e4m3fn)");
+    Py_DECREF(bytes); /* the buffer keeps it alive */
+    return status;
+}
+
+/* "i" or "u" for arrays of integers, else 0; -1 if an exception is to be passed on. */
+static int kind_of_integers(PyObject *array) {
+    PyObject *dtype = PyObject_GetAttrString(array, "dtype");
+    PyObject *kind = dtype ? PyObject_GetAttrString(dtype, "kind") : NULL;
+    const Py_UCS4 letter = kind && PyUnicode_Check(kind) ? PyUnicode_ReadChar(kind, 0) : 0;
+    Py_XDECREF(kind);
+    Py_XDECREF(dtype);
+    if (PyErr_Occurred() && clear_unless_serious() < 0) return -1;
+    return letter == 'i' || letter == 'u' ? (int)letter : 0;
+}
+
+int qz_take_indices(view *v, const call *c, const char *name, PyObject *object, int *is_unsigned) {
+    PyObject *array = PyObject_CallFunctionObjArgs(c->state->asarray, object, NULL), *copy = NULL;
+    if (!array && clear_unless_serious() < 0) return -1;
+    const int kind = array ? kind_of_integers(array) : 0;
+    if (kind > 0) copy = PyObject_CallMethod(array, "astype", "ss", kind == 'u' ? "u8" : "i8", "C");
+    Py_XDECREF(array);
+    if (kind == 0) return raise_dtype(c, name, object, "integers");
+    if (!copy || PyObject_GetBuffer(copy, &v->buffer, PyBUF_CONTIG) < 0) {
+        Py_XDECREF(copy);
+        return -1;
+    }
+    Py_DECREF(copy); /* the buffer keeps it alive */
+    v->has_buffer = 1;
+    *is_unsigned = kind == 'u';
+    return fill_from_buffer(v, c, name);
 }
 
 /* Takes a new array, of which *result is a new reference. 0 or -1. */
@@ -244,11 +302,9 @@ static int take_new_array(view *v, PyObject **result, const call *c, const wante
     if (as_ml && find_ml_bfloat16(state) < 0) return -1;
     if (as_ml && !state->ml_bfloat16)
         return qz_raise(PyExc_ImportError, c->op, "a bfloat16 dtype needs ml_dtypes: import it first");
-    PyObject *const dtypes[] = {[QZ_F32] = state->f32,
-                                [QZ_F16] = state->f16,
-                                [QZ_BF16] = as_ml ? state->ml_bfloat16 : state->u16,
-                                [QZ_F64] = state->f64,
-                                [QZ_U32] = state->u32};
+    PyObject *const dtypes[] = {
+        [QZ_F32] = state->f32, [QZ_F16] = state->f16, [QZ_BF16] = as_ml ? state->ml_bfloat16 : state->u16,
+        [QZ_F64] = state->f64, [QZ_U32] = state->u32, [QZ_U8] = state->u8};
     PyObject *sizes = PyTuple_New(want->ndim);
     for (int i = 0; sizes && i < want->ndim; i++) {
         PyObject *size = PyLong_FromSsize_t(want->shape[i]);
@@ -307,7 +363,7 @@ static int overlaps_itself(const qz_array *a) {
     return 0;
 }
 
-static int check_result(const view *v, const call *c, PyObject *out, const wanted *want) {
+static int check_result(const view *v, const call *c, PyObject *out, const wanted *want, ptrdiff_t count) {
     const char *name = want->name;
     if (v->array.type != want->type) return raise_dtype(c, name, out, result_kind(want->type));
     if (!same_shape(&v->array, want->ndim, want->shape)) {
@@ -320,20 +376,21 @@ static int check_result(const view *v, const call *c, PyObject *out, const wante
     if (has_zero_stride(&v->array)) {
         return qz_raise(PyExc_ValueError, c->op, "%s has a stride of 0: its elements share memory", name);
     }
-    if (qz_checked_count(c, name, want->shape, want->ndim) > 0 && overlaps_itself(&v->array)) {
+    if (count > 0 && overlaps_itself(&v->array)) {
         return qz_raise(PyExc_ValueError, c->op, "%s has elements that share memory: give each its own", name);
     }
     return 0;
 }
 
 int qz_take_result(view *v, PyObject **result, const call *c, PyObject *out, const wanted *want) {
-    if (qz_checked_count(c, want->name, want->shape, want->ndim) < 0) return -1;
+    const ptrdiff_t count = qz_checked_count(c, want->name, want->shape, want->ndim);
+    if (count < 0) return -1;
     if (out == Py_None) return take_new_array(v, result, c, want);
     call raw = *c; /* a bfloat16 result may be given as uint16 */
     raw.raw_bfloat16 = want->type == QZ_BF16;
     int taken = take_memory(v, &raw, want->name, out, 1, result_kind(want->type));
     if (taken == 0) return raise_dtype(c, want->name, out, result_kind(want->type));
-    if (taken < 0 || check_result(v, c, out, want) < 0) return -1;
+    if (taken < 0 || check_result(v, c, out, want, count) < 0) return -1;
     Py_INCREF(out);
     *result = out;
     return 0;

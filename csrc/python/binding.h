@@ -10,9 +10,25 @@
 
 /* ---- module state ---- */
 
-typedef enum op_kind { OP_QUANTIZE, OP_DEQUANTIZE, OP_MATMUL, OP_FAKE_QUANTIZE, OP_KINDS, OP_ANY = OP_KINDS } op_kind;
+typedef enum op_kind {
+    OP_QUANTIZE,
+    OP_DEQUANTIZE,
+    OP_MATMUL,
+    OP_FAKE_QUANTIZE,
+    OP_QUANTIZE_FP,
+    OP_DEQUANTIZE_FP,
+    OP_GATHER,
+    OP_GATHER_RHS,
+    OP_MATMUL_FP,
+    OP_GATHER_FP,
+    OP_GATHER_RHS_FP,
+    OP_TO_FP8,
+    OP_FROM_FP8,
+    OP_KINDS,
+    OP_ANY = OP_KINDS
+} op_kind;
 
-enum { QZ_MAX_PARAMETERS = 11 }; /* of an operation, the plan not counted */
+enum { QZ_MAX_PARAMETERS = 14 }; /* of an operation, the plan not counted */
 
 /* Owned references alone: module.c walks them as an array. */
 typedef struct module_state {
@@ -20,9 +36,9 @@ typedef struct module_state {
     PyObject *settings, *get_settings; /* the ContextVar of the context managers, and its method get */
     PyObject *names[OP_KINDS][QZ_MAX_PARAMETERS], *defaults[OP_KINDS][QZ_MAX_PARAMETERS]; /* NULL after the last */
     PyObject *ndarray, *empty, *asarray;                                                  /* numpy's */
-    PyObject *f32, *f16, *u16, *u32, *i32, *f64;                                          /* numpy dtypes */
-    PyObject *ml_bfloat16; /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
-    PyObject *dtype_name;  /* "dtype", interned */
+    PyObject *f32, *f16, *u8, *u16, *u32, *i32, *f64;                                     /* numpy dtypes */
+    PyObject *ml_bfloat16;     /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
+    PyObject *dtype_of_arrays; /* numpy.ndarray.dtype, a descriptor */
 } module_state;
 
 extern struct PyModuleDef qz_module;
@@ -97,6 +113,16 @@ static inline void qz_copy_array(qz_array *to, const qz_array *from) {
     }
 }
 
+ptrdiff_t qz_type_size(qz_type type);
+
+/* A scalar becomes a row of one element. */
+static inline void qz_make_row(qz_array *array) {
+    if (array->ndim > 0) return;
+    array->ndim = 1;
+    array->shape[0] = 1;
+    array->strides[0] = qz_type_size(array->type);
+}
+
 typedef struct call {
     module_state *state;
     const char *op;
@@ -112,6 +138,12 @@ int qz_take_floats(view *v, const call *c, const char *name, PyObject *object);
 
 /* Packed codes: uint32, or int32 with the same bits. */
 int qz_take_codes(view *v, const call *c, const char *name, PyObject *object);
+
+/* Small floats, a byte each, whose element formats.def names: uint8, or the type that ml_dtypes has for them. */
+int qz_take_byte_floats(view *v, const call *c, const char *name, PyObject *object, const char *element);
+
+/* Integers of any type as a copy of our own: 64 bits each, in C order, of which v->array.type says nothing. */
+int qz_take_indices(view *v, const call *c, const char *name, PyObject *object, int *is_unsigned);
 
 /* What an array result is, or must be if it is given. */
 typedef struct wanted {
@@ -141,6 +173,9 @@ int qz_take_dlpack(view *v, const call *c, const char *name, PyObject *object, i
 /* An integer (__index__, not bool); None leaves *value alone and *given 0. */
 int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t *value, int *given);
 
+/* True or False, NumPy's among them; -1 with TypeError set. */
+int qz_take_flag(const call *c, const char *name, PyObject *object);
+
 /* One of the words, whose index is returned; -1 with ValueError or TypeError set. */
 int qz_take_word(const call *c, const char *name, PyObject *object, const char *const *words, int count);
 
@@ -159,16 +194,42 @@ typedef struct packing {
 int qz_take_packing(packing *p, const call *c, PyObject *group_size, PyObject *bits);
 
 /* Completes a packing from the stored shapes: `words` and `groups` are the last axes of codes and scales, `features`
- * the number of codes in a row, or -1 if only they tell. Returns the row of formats.def, or -1 with ValueError set. */
+ * the number of codes in a row, or -1 if only they tell. Where no packing has just so many, but a single one has more
+ * by less than a group, it is that. Returns the row of formats.def, or -1 with ValueError set. */
 int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t words, ptrdiff_t groups, ptrdiff_t features,
                      int *slot);
 
 /* args[0...2]: packed codes, scales and biases, with their shapes checked against each other. */
 int qz_take_stored(const call *c, PyObject *const *args, view *codes, view *scales, view *biases);
 
+/* The same without biases, for the fp family. */
+int qz_take_stored_fp(const call *c, PyObject *const *args, const qz_format *format, view *codes, view *scales);
+
+/* A number that is not negative, for a mode whose scales are E4M3; None for 2688, which changes nothing. */
+int qz_take_global_scale(const call *c, const qz_format *format, PyObject *object, float *scale);
+
+/* "metal" or "cpu". */
+int qz_take_profile(const call *c, PyObject *object, qz_profile *profile);
+
+/* How many groups w's last axis makes, padded to whole ones if `pad`; else -1 with ValueError unless it is a multiple
+ * of the group size: the message says what fits. */
+ptrdiff_t qz_count_groups(const call *c, const qz_array *w, const qz_format *format, ptrdiff_t group_size,
+                          PyObject *pad);
+
+/* Sets *length, the number of floats in a row of `groups` groups, to `k` if that is not None: whole groups, or less by
+ * less than one. 0, or -1 with an exception set. */
+int qz_take_length(const call *c, PyObject *k, ptrdiff_t groups, ptrdiff_t group_size, ptrdiff_t *length);
+
+/* Whether `features` may stand for a row of `groups` groups, the last of which may be padded. */
+static inline int qz_fits_groups(ptrdiff_t features, ptrdiff_t groups, ptrdiff_t group_size) {
+    return features >= 0 && features <= groups * group_size && groups * group_size - features < group_size;
+}
+
+/* Refuses an `out` that is neither None nor a tuple of so many, which `names` says in words. */
+int qz_check_outputs(const call *c, PyObject *out, const char *names, Py_ssize_t count);
+
 qz_type qz_promote(qz_type a, qz_type b);
 const char *qz_type_name(qz_type type);
-ptrdiff_t qz_type_size(qz_type type);
 
 /* Number of elements of an array of this name; -1 with ValueError set if it does not fit. */
 ptrdiff_t qz_checked_count(const call *c, const char *name, const ptrdiff_t *shape, int ndim);
@@ -185,7 +246,16 @@ int qz_run_operation(const plan_object *plan, qz_operation operation, const void
 PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_gather(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_gather_rhs(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_gather_fp(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_gather_rhs_fp(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_fake_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_quantize_fp(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_dequantize_fp(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_matmul_fp(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_to_fp8(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_from_fp8(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_probe(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* TypeError unless a function got just so many arguments. */

@@ -75,7 +75,7 @@ int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t
     if (object == Py_None) return 0;
     if (!PyLong_CheckExact(object) && (is_boolean(object) || !PyIndex_Check(object)))
         return raise_kind(c, name, "an integer", object);
-    *value = PyNumber_AsSsize_t(object, PyExc_OverflowError);
+    *value = PyLong_CheckExact(object) ? PyLong_AsSsize_t(object) : PyNumber_AsSsize_t(object, PyExc_OverflowError);
     if (*value == -1 && PyErr_Occurred()) {
         if (PyErr_ExceptionMatches(PyExc_TypeError)) { /* such as an array, which has __index__ for one element */
             PyErr_Clear();
@@ -87,6 +87,16 @@ int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t
     }
     *given = 1;
     return 0;
+}
+
+int qz_take_flag(const call *c, const char *name, PyObject *object) {
+    PyObject *kind = PyBool_Check(object) ? NULL : type_name(object);
+    /* NumPy's is named bool_ before NumPy 2, then bool */
+    const int is_flag = PyBool_Check(object) || (kind && (PyUnicode_CompareWithASCIIString(kind, "bool") == 0 ||
+                                                          PyUnicode_CompareWithASCIIString(kind, "bool_") == 0));
+    Py_XDECREF(kind);
+    if (PyErr_Occurred()) return -1;
+    return is_flag ? PyObject_IsTrue(object) : raise_kind(c, name, "True or False", object);
 }
 
 int qz_take_word(const call *c, const char *name, PyObject *object, const char *const *words, int count) {
@@ -173,13 +183,15 @@ qz_type qz_promote(qz_type a, qz_type b) {
 }
 
 const char *qz_type_name(qz_type type) {
-    static const char *const names[] = {
-        [QZ_F32] = "float32", [QZ_F16] = "float16", [QZ_BF16] = "bfloat16", [QZ_F64] = "float64", [QZ_U32] = "uint32"};
+    static const char *const names[] = {[QZ_F32] = "float32", [QZ_F16] = "float16", [QZ_BF16] = "bfloat16",
+                                        [QZ_F64] = "float64", [QZ_U32] = "uint32",  [QZ_U8] = "uint8",
+                                        [QZ_E8M0] = "uint8",  [QZ_E4M3] = "uint8"};
     return names[type];
 }
 
 ptrdiff_t qz_type_size(qz_type type) {
-    static const ptrdiff_t sizes[] = {[QZ_F32] = 4, [QZ_F16] = 2, [QZ_BF16] = 2, [QZ_F64] = 8, [QZ_U32] = 4};
+    static const ptrdiff_t sizes[] = {[QZ_F32] = 4, [QZ_F16] = 2, [QZ_BF16] = 2, [QZ_F64] = 8,
+                                      [QZ_U32] = 4, [QZ_U8] = 1,  [QZ_E8M0] = 1, [QZ_E4M3] = 1};
     return sizes[type];
 }
 

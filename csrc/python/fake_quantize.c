@@ -4,14 +4,6 @@ static qz_status operation(const qz_plan *plan, const void *args, const qz_run *
     return plan->device->fake_quantize(plan, args, run);
 }
 
-/* A scalar is a row of one element. */
-static void as_row(qz_array *array) {
-    if (array->ndim > 0) return;
-    array->ndim = 1;
-    array->shape[0] = 1;
-    array->strides[0] = qz_type_size(array->type);
-}
-
 /* Exactly the same elements at the same places. */
 static int is_same_array(const qz_array *a, const qz_array *b) {
     if (a->data != b->data || a->type != b->type) return 0;
@@ -31,8 +23,8 @@ static int quantize(const plan_object *plan, const call *c, view *x, view *y, Py
     qz_copy_array(&args.x, &x->array);
     qz_copy_array(&args.y, &y->array);
     args.bits = bits;
-    as_row(&args.x);
-    as_row(&args.y);
+    qz_make_row(&args.x);
+    qz_make_row(&args.y);
     ptrdiff_t count = qz_checked_count(c, "x", args.x.shape, args.x.ndim);
     if (count < 0) return -1;
     return qz_run_operation(plan, operation, &args, (double)count * 0.25);

@@ -14,16 +14,20 @@ typedef struct kernel_object {
     PyObject *group_size, *bits;  /* what calls use that do not say; NULL: the class has none */
 } kernel_object;
 
+/* Numbers that stand for defaults which are none. */
+enum { FALSE = -2, TRUE = -1 };
+
 /* The parameters of each operation in the order in which its function in _C takes them, after the plan. */
 static const struct parameter {
     const char *name, *word; /* the default: a word, */
-    int number;              /* a number, or else None */
+    int number;              /* a number, TRUE or FALSE, or else None */
 } parameters[OP_KINDS][QZ_MAX_PARAMETERS] = {
     [OP_QUANTIZE] = {{"w", NULL, 0},
                      {"group_size", NULL, 0},
                      {"bits", NULL, 0},
                      {"profile", "metal", 0},
                      {"scale_dtype", NULL, 0},
+                     {"pad", NULL, FALSE},
                      {"out", NULL, 0},
                      {"input_dtype", NULL, 0}},
     [OP_DEQUANTIZE] = {{"w", NULL, 0},
@@ -33,6 +37,7 @@ static const struct parameter {
                        {"bits", NULL, 0},
                        {"dtype", NULL, 0},
                        {"profile", "metal", 0},
+                       {"k", NULL, 0},
                        {"out", NULL, 0},
                        {"input_dtype", NULL, 0}},
     [OP_MATMUL] = {{"x", NULL, 0},
@@ -46,6 +51,81 @@ static const struct parameter {
                    {"activations", NULL, 0},
                    {"out", NULL, 0},
                    {"input_dtype", NULL, 0}},
+    [OP_QUANTIZE_FP] = {{"w", NULL, 0},
+                        {"profile", "metal", 0},
+                        {"mx_scale", NULL, 0},
+                        {"global_scale", NULL, 0},
+                        {"pad", NULL, FALSE},
+                        {"out", NULL, 0},
+                        {"input_dtype", NULL, 0}},
+    [OP_DEQUANTIZE_FP] = {{"w", NULL, 0},
+                          {"scales", NULL, 0},
+                          {"global_scale", NULL, 0},
+                          {"dtype", NULL, 0},
+                          {"profile", "metal", 0},
+                          {"k", NULL, 0},
+                          {"out", NULL, 0}},
+    [OP_GATHER] = {{"x", NULL, 0},
+                   {"w", NULL, 0},
+                   {"scales", NULL, 0},
+                   {"biases", NULL, 0},
+                   {"lhs_indices", NULL, 0},
+                   {"rhs_indices", NULL, 0},
+                   {"transpose", NULL, TRUE},
+                   {"group_size", NULL, 0},
+                   {"bits", NULL, 0},
+                   {"sorted_indices", NULL, FALSE},
+                   {"accumulate", "exact", 0},
+                   {"activations", NULL, 0},
+                   {"out", NULL, 0},
+                   {"input_dtype", NULL, 0}},
+    [OP_GATHER_RHS] = {{"x", NULL, 0},
+                       {"w", NULL, 0},
+                       {"scales", NULL, 0},
+                       {"biases", NULL, 0},
+                       {"indices", NULL, 0},
+                       {"output_features", NULL, 0},
+                       {"group_size", NULL, 0},
+                       {"bits", NULL, 0},
+                       {"transpose", NULL, TRUE},
+                       {"accumulate", "exact", 0},
+                       {"activations", NULL, 0},
+                       {"out", NULL, 0},
+                       {"input_dtype", NULL, 0}},
+    [OP_MATMUL_FP] = {{"x", NULL, 0},
+                      {"w", NULL, 0},
+                      {"scales", NULL, 0},
+                      {"output_features", NULL, 0},
+                      {"global_scale", NULL, 0},
+                      {"accumulate", "exact", 0},
+                      {"activations", NULL, 0},
+                      {"out", NULL, 0},
+                      {"input_dtype", NULL, 0}},
+    [OP_GATHER_FP] = {{"x", NULL, 0},
+                      {"w", NULL, 0},
+                      {"scales", NULL, 0},
+                      {"lhs_indices", NULL, 0},
+                      {"rhs_indices", NULL, 0},
+                      {"transpose", NULL, TRUE},
+                      {"sorted_indices", NULL, FALSE},
+                      {"global_scale", NULL, 0},
+                      {"accumulate", "exact", 0},
+                      {"activations", NULL, 0},
+                      {"out", NULL, 0},
+                      {"input_dtype", NULL, 0}},
+    [OP_GATHER_RHS_FP] = {{"x", NULL, 0},
+                          {"w", NULL, 0},
+                          {"scales", NULL, 0},
+                          {"indices", NULL, 0},
+                          {"output_features", NULL, 0},
+                          {"transpose", NULL, TRUE},
+                          {"global_scale", NULL, 0},
+                          {"accumulate", "exact", 0},
+                          {"activations", NULL, 0},
+                          {"out", NULL, 0},
+                          {"input_dtype", NULL, 0}},
+    [OP_TO_FP8] = {{"x", NULL, 0}, {"out", NULL, 0}, {"input_dtype", NULL, 0}},
+    [OP_FROM_FP8] = {{"x", NULL, 0}, {"dtype", NULL, 0}, {"out", NULL, 0}},
     [OP_FAKE_QUANTIZE] = {{"x", NULL, 0}, {"bits", NULL, 4}, {"out", NULL, 0}, {"input_dtype", NULL, 0}},
 };
 
@@ -58,20 +138,37 @@ static const struct manner {
     [OP_QUANTIZE] = {1, 3, 1, qz_py_quantize},
     [OP_DEQUANTIZE] = {3, 5, 3, qz_py_dequantize},
     [OP_MATMUL] = {4, 7, 5, qz_py_matmul},
+    [OP_GATHER] = {4, 9, 7, qz_py_gather},
+    [OP_GATHER_RHS] = {5, 9, 6, qz_py_gather_rhs},
     [OP_FAKE_QUANTIZE] = {1, 2, -1, qz_py_fake_quantize},
+    [OP_QUANTIZE_FP] = {1, 1, -1, qz_py_quantize_fp},
+    [OP_DEQUANTIZE_FP] = {2, 2, -1, qz_py_dequantize_fp},
+    [OP_MATMUL_FP] = {3, 4, -1, qz_py_matmul_fp},
+    [OP_GATHER_FP] = {3, 6, -1, qz_py_gather_fp},
+    [OP_GATHER_RHS_FP] = {4, 6, -1, qz_py_gather_rhs_fp},
+    [OP_TO_FP8] = {1, 1, -1, qz_py_to_fp8},
+    [OP_FROM_FP8] = {1, 1, -1, qz_py_from_fp8},
 };
 
-/* affine_qmm_t has no output_features. */
-enum { OUTPUT_FEATURES = 4 };
+/* The place of output_features, which functions qmm_t do not have, after the stored arrays; -1 where it is taken, or no
+ * parameter at all. */
+static int absent_place(const op_row *op) {
+    if ((op->kind != OP_MATMUL && op->kind != OP_MATMUL_FP) || op->takes_output_features) return -1;
+    return manners[op->kind].required;
+}
+
+static PyObject *default_of(const struct parameter *p) {
+    if (p->word) return PyUnicode_InternFromString(p->word);
+    if (p->number < 0) return PyBool_FromLong(p->number == TRUE);
+    return p->number ? PyLong_FromLong(p->number) : Py_NewRef(Py_None);
+}
 
 int qz_prepare_calls(module_state *state) {
     for (int kind = 0; kind < OP_KINDS; kind++) {
         for (int i = 0; i < QZ_MAX_PARAMETERS && parameters[kind][i].name; i++) {
             const struct parameter *p = &parameters[kind][i];
             state->names[kind][i] = PyUnicode_InternFromString(p->name);
-            state->defaults[kind][i] = p->word     ? PyUnicode_InternFromString(p->word)
-                                       : p->number ? PyLong_FromLong(p->number)
-                                                   : Py_NewRef(Py_None);
+            state->defaults[kind][i] = default_of(p);
             if (!state->names[kind][i] || !state->defaults[kind][i]) return -1;
         }
     }
@@ -93,7 +190,7 @@ static Py_ssize_t bind(const kernel_object *self, const module_state *state, con
                        PyObject *keywords, PyObject **args) {
     const struct manner *manner = &manners[op->kind];
     PyObject *const *names = state->names[op->kind], *const *defaults = state->defaults[op->kind];
-    const int absent = op->kind != OP_MATMUL || op->takes_output_features ? -1 : OUTPUT_FEATURES;
+    const int absent = absent_place(op);
     const Py_ssize_t given = PyTuple_Size(positions);
     PyObject **const values = args + 1, *keyword, *value;
     Py_ssize_t cursor = 0;

@@ -58,15 +58,40 @@ static PyObject *py_fail_allocations_after(PyObject *module, PyObject *argument)
 
 static PyMethodDef functions[] = {
     {"quantize", (PyCFunction)(void (*)(void))qz_py_quantize, METH_FASTCALL,
-     "quantize($module, plan, w, group_size, bits, profile, scale_dtype, out, input_dtype, /)\n--\n\nPacks groups."},
+     "quantize($module, plan, w, group_size, bits, profile, scale_dtype, pad, out, input_dtype, /)\n--\n\nPacks "
+     "groups."},
     {"dequantize", (PyCFunction)(void (*)(void))qz_py_dequantize, METH_FASTCALL,
-     "dequantize($module, plan, w, scales, biases, group_size, bits, dtype, profile, out, input_dtype, /)\n--\n\n"
+     "dequantize($module, plan, w, scales, biases, group_size, bits, dtype, profile, k, out, input_dtype, /)\n--\n\n"
      "Unpacks groups."},
+    {"quantize_fp", (PyCFunction)(void (*)(void))qz_py_quantize_fp, METH_FASTCALL,
+     "quantize_fp($module, plan, w, profile, mx_scale, global_scale, pad, out, input_dtype, /)\n--\n\nPacks groups."},
+    {"dequantize_fp", (PyCFunction)(void (*)(void))qz_py_dequantize_fp, METH_FASTCALL,
+     "dequantize_fp($module, plan, w, scales, global_scale, dtype, profile, k, out, /)\n--\n\nUnpacks groups."},
     {"matmul", (PyCFunction)(void (*)(void))qz_py_matmul, METH_FASTCALL,
      "matmul($module, plan, x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, "
      "input_dtype, /)\n--\n\nMultiplies by packed weights."},
+    {"gather", (PyCFunction)(void (*)(void))qz_py_gather, METH_FASTCALL,
+     "gather($module, plan, x, w, scales, biases, lhs_indices, rhs_indices, transpose, group_size, bits, "
+     "sorted_indices, accumulate, activations, out, input_dtype, /)\n--\n\nMultiplies matrices by packed weights "
+     "that indices choose."},
+    {"gather_rhs", (PyCFunction)(void (*)(void))qz_py_gather_rhs, METH_FASTCALL,
+     "gather_rhs($module, plan, x, w, scales, biases, indices, output_features, group_size, bits, transpose, "
+     "accumulate, activations, out, input_dtype, /)\n--\n\nMultiplies rows by packed weights that indices choose."},
+    {"matmul_fp", (PyCFunction)(void (*)(void))qz_py_matmul_fp, METH_FASTCALL,
+     "matmul_fp($module, plan, x, w, scales, output_features, global_scale, accumulate, activations, out, "
+     "input_dtype, /)\n--\n\nMultiplies by packed weights."},
+    {"gather_fp", (PyCFunction)(void (*)(void))qz_py_gather_fp, METH_FASTCALL,
+     "gather_fp($module, plan, x, w, scales, lhs_indices, rhs_indices, transpose, sorted_indices, global_scale, "
+     "accumulate, activations, out, input_dtype, /)\n--\n\nMultiplies matrices by packed weights that indices choose."},
+    {"gather_rhs_fp", (PyCFunction)(void (*)(void))qz_py_gather_rhs_fp, METH_FASTCALL,
+     "gather_rhs_fp($module, plan, x, w, scales, indices, output_features, transpose, global_scale, accumulate, "
+     "activations, out, input_dtype, /)\n--\n\nMultiplies rows by packed weights that indices choose."},
     {"fake_quantize", (PyCFunction)(void (*)(void))qz_py_fake_quantize, METH_FASTCALL,
      "fake_quantize($module, plan, x, bits, out, input_dtype, /)\n--\n\nRounds to a grid."},
+    {"to_fp8", (PyCFunction)(void (*)(void))qz_py_to_fp8, METH_FASTCALL,
+     "to_fp8($module, plan, x, out, input_dtype, /)\n--\n\nRounds floats to FP8."},
+    {"from_fp8", (PyCFunction)(void (*)(void))qz_py_from_fp8, METH_FASTCALL,
+     "from_fp8($module, plan, x, dtype, out, /)\n--\n\nWidens FP8 to floats."},
     {"probe", (PyCFunction)(void (*)(void))qz_py_probe, METH_FASTCALL,
      "probe($module, plan, what, source, target, repeats, /)\n--\n\nDoes a ceiling's work; returns how much."},
     {"formats", qz_list_formats, METH_NOARGS, "formats($module, /)\n--\n\nThe rows of formats.def."},
@@ -91,12 +116,15 @@ static int take_numpy(module_state *state) {
     const struct {
         PyObject **to;
         const char *name;
-    } wanted[] = {{&state->f32, "float32"}, {&state->f16, "float16"}, {&state->u16, "uint16"},
+    } wanted[] = {{&state->f32, "float32"}, {&state->f16, "float16"}, {&state->u16, "uint16"}, {&state->u8, "uint8"},
                   {&state->u32, "uint32"},  {&state->i32, "int32"},   {&state->f64, "float64"}};
     PyObject *numpy = PyImport_ImportModule("numpy");
     if (!numpy) return -1;
-    state->dtype_name = PyUnicode_InternFromString("dtype");
     state->ndarray = PyObject_GetAttrString(numpy, "ndarray");
+    state->dtype_of_arrays = state->ndarray ? PyObject_GetAttrString(state->ndarray, "dtype") : NULL;
+    if (state->dtype_of_arrays && !PyType_GetSlot(Py_TYPE(state->dtype_of_arrays), Py_tp_descr_get)) {
+        PyErr_SetString(PyExc_ImportError, "numpy.ndarray.dtype must be a property");
+    }
     state->empty = PyObject_GetAttrString(numpy, "empty");
     state->asarray = PyObject_GetAttrString(numpy, "asarray");
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {

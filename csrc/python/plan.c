@@ -5,9 +5,43 @@
 #include "binding.h"
 
 static const op_row ops[] = {
-    {"affine_quantize", OP_QUANTIZE, "affine", 0, 0}, {"affine_dequantize", OP_DEQUANTIZE, "affine", 0, 0},
-    {"affine_qmm_t", OP_MATMUL, "affine", 1, 0},      {"affine_qmm_n", OP_MATMUL, "affine", 0, 1},
-    {"affine_qmv", OP_MATMUL, "affine", 1, 1},        {"affine_qvm", OP_MATMUL, "affine", 0, 1},
+    {"affine_quantize", OP_QUANTIZE, "affine", 0, 0},
+    {"affine_dequantize", OP_DEQUANTIZE, "affine", 0, 0},
+    {"affine_qmm_t", OP_MATMUL, "affine", 1, 0},
+    {"affine_qmm_n", OP_MATMUL, "affine", 0, 1},
+    {"affine_qmv", OP_MATMUL, "affine", 1, 1},
+    {"affine_qvm", OP_MATMUL, "affine", 0, 1},
+    {"affine_gather_qmm", OP_GATHER, "affine", 0, 0},
+    {"affine_gather_qmm_rhs", OP_GATHER_RHS, "affine", 0, 0},
+    {"affine_qmm_t_nax", OP_MATMUL, "affine", 1, 0},
+    {"affine_qmm_n_nax", OP_MATMUL, "affine", 0, 1},
+    {"affine_gather_qmm_rhs_nax", OP_GATHER_RHS, "affine", 0, 0},
+    {"mxfp4_quantize", OP_QUANTIZE_FP, "mxfp4", 0, 0},
+    {"mxfp4_dequantize", OP_DEQUANTIZE_FP, "mxfp4", 0, 0},
+    {"mxfp8_quantize", OP_QUANTIZE_FP, "mxfp8", 0, 0},
+    {"mxfp8_dequantize", OP_DEQUANTIZE_FP, "mxfp8", 0, 0},
+    {"nvfp4_quantize", OP_QUANTIZE_FP, "nvfp4", 0, 0},
+    {"nvfp4_dequantize", OP_DEQUANTIZE_FP, "nvfp4", 0, 0},
+    {"mxfp4_qmm_t", OP_MATMUL_FP, "mxfp4", 1, 0},
+    {"mxfp4_qmm_n", OP_MATMUL_FP, "mxfp4", 0, 1},
+    {"mxfp4_qmv", OP_MATMUL_FP, "mxfp4", 1, 1},
+    {"mxfp4_qvm", OP_MATMUL_FP, "mxfp4", 0, 1},
+    {"mxfp4_gather_qmm", OP_GATHER_FP, "mxfp4", 0, 0},
+    {"mxfp4_gather_qmm_rhs", OP_GATHER_RHS_FP, "mxfp4", 0, 0},
+    {"mxfp8_qmm_t", OP_MATMUL_FP, "mxfp8", 1, 0},
+    {"mxfp8_qmm_n", OP_MATMUL_FP, "mxfp8", 0, 1},
+    {"mxfp8_qmv", OP_MATMUL_FP, "mxfp8", 1, 1},
+    {"mxfp8_qvm", OP_MATMUL_FP, "mxfp8", 0, 1},
+    {"mxfp8_gather_qmm", OP_GATHER_FP, "mxfp8", 0, 0},
+    {"mxfp8_gather_qmm_rhs", OP_GATHER_RHS_FP, "mxfp8", 0, 0},
+    {"nvfp4_qmm_t", OP_MATMUL_FP, "nvfp4", 1, 0},
+    {"nvfp4_qmm_n", OP_MATMUL_FP, "nvfp4", 0, 1},
+    {"nvfp4_qmv", OP_MATMUL_FP, "nvfp4", 1, 1},
+    {"nvfp4_qvm", OP_MATMUL_FP, "nvfp4", 0, 1},
+    {"nvfp4_gather_qmm", OP_GATHER_FP, "nvfp4", 0, 0},
+    {"nvfp4_gather_qmm_rhs", OP_GATHER_RHS_FP, "nvfp4", 0, 0},
+    {"to_fp8", OP_TO_FP8, NULL, 0, 0},
+    {"from_fp8", OP_FROM_FP8, NULL, 0, 0},
     {"quantize", OP_FAKE_QUANTIZE, NULL, 0, 0},
 };
 
@@ -18,7 +52,7 @@ static const op_row *find_op(const char *name) {
     for (int i = 0; i < OPS; i++) {
         if (strcmp(ops[i].name, name) == 0) return &ops[i];
     }
-    char list[256] = "";
+    char list[2048] = "";
     for (int i = 0; i < OPS; i++) {
         size_t used = strlen(list);
         PyOS_snprintf(list + used, sizeof list - used, "%s%s", i ? ", " : "", ops[i].name);
@@ -124,7 +158,17 @@ static PyObject *plan_variant(PyObject *object, void *unused) {
     const plan_object *self = (const plan_object *)object;
     (void)unused;
     switch (self->op->kind) {
-    case OP_MATMUL: return PyUnicode_FromFormat("exact, %s", self->plan.kernels->matmul_note);
+    case OP_MATMUL_FP:
+    case OP_GATHER_FP:
+    case OP_GATHER_RHS_FP:
+        if (strcmp(qz_formats[qz_find_mode(self->op->mode)].element, "fp8_e4m3") == 0)
+            return PyUnicode_FromString("exact, fused float32 sums in one order");
+        /* fall through */
+    case OP_MATMUL:
+    case OP_GATHER:
+    case OP_GATHER_RHS: return PyUnicode_FromFormat("exact, %s", self->plan.kernels->matmul_note);
+    case OP_TO_FP8:
+    case OP_FROM_FP8: return PyUnicode_FromString("float32, by element");
     case OP_FAKE_QUANTIZE: return PyUnicode_FromString("streaming stores for large arrays");
     default: return PyUnicode_FromString("float32, by group");
     }
@@ -187,7 +231,21 @@ PyType_Spec qz_plan_spec = {
 };
 
 const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind) {
-    static const char *const kinds[] = {"affine_quantize", "affine_dequantize", "affine_qmm_t", "quantize"};
+    static const char *const kinds[] = {
+        [OP_QUANTIZE] = "affine_quantize",
+        [OP_DEQUANTIZE] = "affine_dequantize",
+        [OP_MATMUL] = "affine_qmm_t",
+        [OP_GATHER] = "affine_gather_qmm",
+        [OP_GATHER_RHS] = "affine_gather_qmm_rhs",
+        [OP_FAKE_QUANTIZE] = "quantize",
+        [OP_QUANTIZE_FP] = "mxfp4_quantize",
+        [OP_DEQUANTIZE_FP] = "mxfp4_dequantize",
+        [OP_MATMUL_FP] = "mxfp4_qmm_t",
+        [OP_GATHER_FP] = "mxfp4_gather_qmm",
+        [OP_GATHER_RHS_FP] = "mxfp4_gather_qmm_rhs",
+        [OP_TO_FP8] = "to_fp8",
+        [OP_FROM_FP8] = "from_fp8",
+    };
     const module_state *state = PyModule_GetState(module);
     if (Py_TYPE(object) == state->plan_type) {
         const plan_object *plan = (const plan_object *)object;
@@ -231,10 +289,11 @@ PyObject *qz_list_formats(PyObject *module, PyObject *unused) {
     for (int i = 0; list && i < QZ_FORMATS; i++) {
         const qz_format *f = &qz_formats[i];
         PyObject *sizes = group_sizes_of(f);
-        PyObject *item = sizes ? Py_BuildValue("{s:s,s:s,s:s,s:i,s:O,s:s,s:O}", "name", f->name, "mode", f->mode,
-                                               "element", f->element, "bits", f->bits, "group_sizes", sizes, "scale",
-                                               f->scale, "bias", f->bias ? Py_True : Py_False)
-                               : NULL;
+        PyObject *item = sizes
+                             ? Py_BuildValue("{s:s,s:s,s:s,s:s,s:i,s:O,s:s,s:O}", "name", f->name, "family", f->family,
+                                             "mode", f->mode, "element", f->element, "bits", f->bits, "group_sizes",
+                                             sizes, "scale", f->scale, "bias", f->bias ? Py_True : Py_False)
+                             : NULL;
         Py_XDECREF(sizes);
         append(&list, item);
     }

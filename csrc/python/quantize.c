@@ -3,7 +3,12 @@
 
 #include "binding.h"
 
-static const char *const profiles[] = {[QZ_PROFILE_METAL] = "metal", [QZ_PROFILE_CPU] = "cpu"};
+int qz_take_profile(const call *c, PyObject *object, qz_profile *profile) {
+    static const char *const profiles[] = {[QZ_PROFILE_METAL] = "metal", [QZ_PROFILE_CPU] = "cpu"};
+    int word = qz_take_word(c, "profile", object, profiles, QZ_PROFILES);
+    *profile = (qz_profile)word;
+    return word < 0 ? -1 : 0;
+}
 
 static qz_status quantize_operation(const qz_plan *plan, const void *args, const qz_run *run) {
     return plan->device->quantize(plan, args, run);
@@ -26,22 +31,31 @@ static int fitting_group_size(const char *mode, ptrdiff_t bits, ptrdiff_t k) {
     return best;
 }
 
-static int check_last_axis(const call *c, const qz_array *w, const qz_format *format, ptrdiff_t group_size) {
+ptrdiff_t qz_count_groups(const call *c, const qz_array *w, const qz_format *format, ptrdiff_t group_size,
+                          PyObject *pad) {
+    const int may_pad = qz_take_flag(c, "pad", pad);
+    if (may_pad < 0) return -1;
     if (w->ndim == 0) return qz_raise(PyExc_ValueError, c->op, "w must have at least one dimension, got a scalar");
-    ptrdiff_t k = w->shape[w->ndim - 1];
-    if (k % group_size != 0) {
-        char hint[96];
-        int fits = fitting_group_size(format->mode, format->bits, k);
-        ptrdiff_t padded = (k / group_size + 1) * group_size;
-        if (fits) {
-            PyOS_snprintf(hint, sizeof hint, "group_size=%d would fit", fits);
-        } else {
-            PyOS_snprintf(hint, sizeof hint, "no group size fits; padded with zeros to %zd it would", padded);
-        }
-        return qz_raise(PyExc_ValueError, c->op, "w.shape[-1] must be a multiple of group_size=%zd, got %zd (%s)",
-                        group_size, k, hint);
+    const ptrdiff_t k = w->shape[w->ndim - 1], groups = k / group_size + (k % group_size != 0);
+    if (k % group_size != 0 && !may_pad) {
+        char hint[64] = "";
+        const int fits = fitting_group_size(format->mode, format->bits, k);
+        if (fits) PyOS_snprintf(hint, sizeof hint, "group_size=%d would fit, and ", fits);
+        return qz_raise(PyExc_ValueError, c->op,
+                        "w.shape[-1] must be a multiple of group_size=%zd, got %zd (%spad=True stores it as %zd)",
+                        group_size, k, hint, groups * group_size);
     }
-    return 0;
+    return groups;
+}
+
+int qz_take_length(const call *c, PyObject *k, ptrdiff_t groups, ptrdiff_t group_size, ptrdiff_t *length) {
+    int given;
+    *length = groups * group_size;
+    if (qz_take_integer(c, "k", k, length, &given) < 0) return -1;
+    if (qz_fits_groups(*length, groups, group_size)) return 0;
+    const ptrdiff_t least = groups ? (groups - 1) * group_size + 1 : 0;
+    return qz_raise(PyExc_ValueError, c->op, "k must be between %zd and %zd, which %zd groups of %zd hold, got %zd",
+                    least, groups * group_size, groups, group_size, *length);
 }
 
 typedef struct quantize_views {
@@ -51,26 +65,29 @@ typedef struct quantize_views {
 
 static const char *const result_names[] = {"out[0] (codes)", "out[1] (scales)", "out[2] (biases)"};
 
-static int check_outputs(const call *c, PyObject *out) {
-    static const char wanted[] = "out must be a tuple (codes, scales, biases), with None for a new array";
-    if (out == Py_None || (PyTuple_Check(out) && PyTuple_Size(out) == 3)) return 0;
-    if (PyTuple_Check(out)) return qz_raise(PyExc_ValueError, c->op, "%s, got %zd entries", wanted, PyTuple_Size(out));
+int qz_check_outputs(const call *c, PyObject *out, const char *names, Py_ssize_t count) {
+    static const char wanted[] = "out must be a tuple %s, with None for a new array, got ";
+    if (out == Py_None || (PyTuple_Check(out) && PyTuple_Size(out) == count)) return 0;
+    char format[128];
+    const int is_tuple = PyTuple_Check(out);
+    PyOS_snprintf(format, sizeof format, "%s%s", wanted, is_tuple ? "%zd entries" : "%U");
+    if (is_tuple) return qz_raise(PyExc_ValueError, c->op, format, names, PyTuple_Size(out));
     PyObject *kind = PyType_GetName(Py_TYPE(out));
-    if (kind) qz_raise(PyExc_TypeError, c->op, "%s, got %U", wanted, kind);
+    if (kind) qz_raise(PyExc_TypeError, c->op, format, names, kind);
     Py_XDECREF(kind);
     return -1;
 }
 
 /* The three outputs, from `out`, a tuple with None where a new array is wanted. */
-static int take_outputs(quantize_views *v, const call *c, PyObject *out, const qz_format *format, ptrdiff_t group_size,
+static int take_outputs(quantize_views *v, const call *c, PyObject *out, ptrdiff_t count, ptrdiff_t group_words,
                         qz_type scale_type, int as_ml) {
     const int last = v->w.array.ndim - 1;
     const named_view others[] = {{"w", &v->w}, {result_names[0], &v->result[0]}, {result_names[1], &v->result[1]}};
     ptrdiff_t words[QZ_MAX_DIMS], groups[QZ_MAX_DIMS];
-    for (int i = 0; i <= last; i++) words[i] = groups[i] = v->w.array.shape[i];
-    groups[last] = words[last] / group_size;
-    words[last] = words[last] / 32 * format->bits + words[last] % 32 * format->bits / 32;
-    if (check_outputs(c, out) < 0) return -1;
+    for (int i = 0; i < last; i++) words[i] = groups[i] = v->w.array.shape[i];
+    groups[last] = count;
+    words[last] = count * group_words;
+    if (qz_check_outputs(c, out, "(codes, scales, biases)", 3) < 0) return -1;
     for (int i = 0; i < 3; i++) {
         PyObject *given = out == Py_None ? Py_None : PyTuple_GetItem(out, i);
         const wanted want = {result_names[i], i ? scale_type : QZ_U32, as_ml, last + 1, i ? groups : words};
@@ -92,7 +109,7 @@ static PyObject *pack_results(quantize_views *v) {
 
 typedef struct quantize_options {
     ptrdiff_t group_size, bits;
-    int profile;
+    qz_profile profile;
 } quantize_options;
 
 static int take_quantize_options(quantize_options *o, const call *c, PyObject *const *args) {
@@ -100,8 +117,7 @@ static int take_quantize_options(quantize_options *o, const call *c, PyObject *c
     *o = (quantize_options){64, 4, 0};
     if (qz_take_integer(c, "group_size", args[2], &o->group_size, &given) < 0) return -1;
     if (qz_take_integer(c, "bits", args[3], &o->bits, &given) < 0) return -1;
-    o->profile = qz_take_word(c, "profile", args[4], profiles, QZ_PROFILES);
-    return o->profile < 0 ? -1 : 0;
+    return qz_take_profile(c, args[4], &o->profile);
 }
 
 static PyObject *quantize(const plan_object *plan, const call *c, PyObject *const *args, quantize_views *v) {
@@ -116,25 +132,29 @@ static PyObject *quantize(const plan_object *plan, const call *c, PyObject *cons
     as_ml = v->w.is_ml_dtype;
     if (qz_take_float_type(c, "scale_dtype", args[5], own, &scale_type, &as_ml) < 0) return NULL;
     const qz_format *format = &qz_formats[job.format];
-    if (check_last_axis(c, &v->w.array, format, o.group_size) < 0) return NULL;
-    ptrdiff_t count = qz_checked_count(c, "w", v->w.array.shape, v->w.array.ndim);
-    if (count < 0 || take_outputs(v, c, args[6], format, o.group_size, scale_type, as_ml) < 0) return NULL;
+    const ptrdiff_t groups = qz_count_groups(c, &v->w.array, format, o.group_size, args[6]);
+    if (groups < 0) return NULL;
+    const ptrdiff_t count = qz_checked_count(c, "w", v->w.array.shape, v->w.array.ndim);
+    const ptrdiff_t group_words = o.group_size * format->bits / 32;
+    if (count < 0 || take_outputs(v, c, args[7], groups, group_words, scale_type, as_ml) < 0) return NULL;
     qz_copy_array(&job.w, &v->w.array);
     qz_copy_array(&job.codes, &v->result[0].array);
     qz_copy_array(&job.scales, &v->result[1].array);
     qz_copy_array(&job.biases, &v->result[2].array);
-    job.profile = (qz_profile)o.profile;
+    job.profile = o.profile;
+    job.mx_scale = QZ_MX_UP; /* this and the next are the fp family's */
+    job.global_scale = 1;
     if (qz_run_operation(plan, quantize_operation, &job, (double)count) < 0) return NULL;
     return pack_results(v);
 }
 
-/* quantize(plan, w, group_size, bits, profile, scale_dtype, out, input_dtype) */
+/* quantize(plan, w, group_size, bits, profile, scale_dtype, pad, out, input_dtype) */
 PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     quantize_views v;
     call c;
-    if (qz_check_count("quantize", count, 8) < 0) return NULL;
+    if (qz_check_count("quantize", count, 9) < 0) return NULL;
     const plan_object *plan = qz_take_plan(module, args[0], OP_QUANTIZE);
-    if (!plan || qz_open_call(&c, module, plan, args[7]) < 0) return NULL;
+    if (!plan || qz_open_call(&c, module, plan, args[8]) < 0) return NULL;
     qz_open_view(&v.w);
     for (int i = 0; i < 3; i++) {
         qz_open_view(&v.result[i]);
@@ -207,8 +227,9 @@ static int raise_packing(const call *c, const char *mode, const packing *p, ptrd
     const char *end = used ? ")" : "";
     if (features >= 0) {
         return qz_raise(PyExc_ValueError, c->op,
-                        "w.shape[-1] = %zd words and scales.shape[-1] = %zd groups do not hold %zd features%s%s", words,
-                        groups, features, list, end);
+                        "which packing has %zd features in w.shape[-1] = %zd words and scales.shape[-1] = %zd groups "
+                        "does not follow from these sizes: give bits and group_size%s%s",
+                        features, words, groups, list, end);
     }
     return qz_raise(
         PyExc_ValueError, c->op,
@@ -228,10 +249,33 @@ static int is_offered(const char *mode, const packing *p) {
     return 0;
 }
 
+/* The one packing whose last group is padded, as far as it was given; -1 if there is none, or several. */
+static int find_padded(packing *p, const char *mode, ptrdiff_t words, ptrdiff_t groups, ptrdiff_t features, int *slot) {
+    int found = -1;
+    for (int row = 0; row < QZ_FORMATS; row++) {
+        const qz_format *f = &qz_formats[row];
+        if (strcmp(f->mode, mode) != 0 || (p->has_bits && f->bits != p->bits)) continue;
+        for (int i = 0; i < QZ_GROUP_SLOTS; i++) {
+            const ptrdiff_t size = f->group_sizes[i];
+            if (!size || (p->has_group_size && size != p->group_size) || words * 32 != groups * size * f->bits)
+                continue;
+            if (!qz_fits_groups(features, groups, size)) continue;
+            if (found >= 0) return -1;
+            found = row;
+            *slot = i;
+        }
+    }
+    if (found < 0) return -1;
+    p->bits = qz_formats[found].bits;
+    p->group_size = qz_formats[found].group_sizes[*slot];
+    return found;
+}
+
 int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t words, ptrdiff_t groups, ptrdiff_t features,
                      int *slot) {
     const int all_given = p->has_bits && p->has_group_size;
     const ptrdiff_t asked = all_given ? -1 : features;
+    packing padded = *p;
     const ptrdiff_t given_bits = p->has_bits ? p->bits : 4, given_size = p->has_group_size ? p->group_size : 64;
     if (!is_offered(mode, p) && qz_take_format(c, mode, given_bits, given_size, slot) < 0) return -1;
     if (features < 0 && p->has_group_size) features = groups * p->group_size;
@@ -248,6 +292,11 @@ int qz_infer_packing(packing *p, const call *c, const char *mode, ptrdiff_t word
     if (!p->has_group_size) p->group_size = 64;
     int row = qz_find_format(mode, p->bits, p->group_size, slot);
     if (row >= 0 && words * 32 == groups * p->group_size * p->bits) return row;
+    row = asked > 0 ? find_padded(&padded, mode, words, groups, asked, slot) : -1;
+    if (row >= 0) {
+        *p = padded;
+        return row;
+    }
     return raise_packing(c, mode, p, words, groups, asked);
 }
 
@@ -255,8 +304,7 @@ static PyObject *dequantize(const plan_object *plan, const call *c, PyObject *co
     packing p = {0};
     qz_dequantize_args job; /* set below, as far as its arrays have axes */
     qz_type type;
-    int profile = qz_take_word(c, "profile", args[7], profiles, QZ_PROFILES);
-    if (profile < 0 || qz_take_packing(&p, c, args[4], args[5]) < 0) return NULL;
+    if (qz_take_profile(c, args[7], &job.profile) < 0 || qz_take_packing(&p, c, args[4], args[5]) < 0) return NULL;
     if (qz_take_stored(c, args + 1, &v->codes, &v->scales, &v->biases) < 0) return NULL;
     const int last = v->codes.array.ndim - 1;
     ptrdiff_t words = v->codes.array.shape[last], groups = v->scales.array.shape[last];
@@ -264,34 +312,34 @@ static PyObject *dequantize(const plan_object *plan, const call *c, PyObject *co
     if (job.format < 0) return NULL;
     ptrdiff_t shape[QZ_MAX_DIMS];
     memcpy(shape, v->codes.array.shape, (size_t)last * sizeof *shape);
-    shape[last] = groups * p.group_size;
+    if (qz_take_length(c, args[8], groups, p.group_size, &shape[last]) < 0) return NULL;
     int as_ml = v->scales.is_ml_dtype || v->biases.is_ml_dtype;
     job.product_type = qz_promote(v->scales.array.type, v->biases.array.type);
     if (qz_take_float_type(c, "dtype", args[6], job.product_type, &type, &as_ml) < 0) return NULL;
     ptrdiff_t count = qz_checked_count(c, "out", shape, last + 1);
     const wanted want = {"out", type, as_ml, last + 1, shape};
     const named_view inputs[] = {{"w", &v->codes}, {"scales", &v->scales}, {"biases", &v->biases}};
-    if (count < 0 || qz_take_result(&v->w, &v->result, c, args[8], &want) < 0) return NULL;
+    if (count < 0 || qz_take_result(&v->w, &v->result, c, args[9], &want) < 0) return NULL;
     if (qz_refuse_overlap(c, "out", &v->w, inputs, 3) < 0) return NULL;
     qz_copy_array(&job.codes, &v->codes.array);
     qz_copy_array(&job.scales, &v->scales.array);
     qz_copy_array(&job.biases, &v->biases.array);
     qz_copy_array(&job.w, &v->w.array);
-    job.profile = (qz_profile)profile;
+    job.global_scale = 1; /* the fp family's */
     if (qz_run_operation(plan, dequantize_operation, &job, (double)count * 0.5) < 0) return NULL;
     PyObject *result = v->result;
     v->result = NULL;
     return result;
 }
 
-/* dequantize(plan, w, scales, biases, group_size, bits, dtype, profile, out, input_dtype) */
+/* dequantize(plan, w, scales, biases, group_size, bits, dtype, profile, k, out, input_dtype) */
 PyObject *qz_py_dequantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
     dequantize_views v;
     view *const all[] = {&v.codes, &v.scales, &v.biases, &v.w};
     call c;
-    if (qz_check_count("dequantize", count, 10) < 0) return NULL;
+    if (qz_check_count("dequantize", count, 11) < 0) return NULL;
     const plan_object *plan = qz_take_plan(module, args[0], OP_DEQUANTIZE);
-    if (!plan || qz_open_call(&c, module, plan, args[9]) < 0) return NULL;
+    if (!plan || qz_open_call(&c, module, plan, args[10]) < 0) return NULL;
     v.result = NULL;
     for (int i = 0; i < 4; i++) qz_open_view(all[i]);
     PyObject *result = dequantize(plan, &c, args, &v);

@@ -16,6 +16,7 @@ typedef __m256i v_i32;
 typedef __m256i v_u8;
 
 #define QZ_HOLD(v) __asm__ volatile("" : "+x"(v))
+#define QZ_DOT_FACTOR 256
 #include "dot.h"
 
 static inline v_f32 load_f32(const float *from) { return _mm256_loadu_ps(from); }
@@ -97,8 +98,8 @@ static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
 /* Sums of VPMADDUBSW stay within int16 for so many units: 32767 / (2 * 128 * (2^bits - 1)). */
 #define QZ_UNITS_IN_I16(bits) ((bits) == 8 ? 8 : 127 / ((1 << (bits)) - 1))
 
-QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits) {
-    const __m256i one = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits, int factor) {
+    const __m256i times = _mm256_set1_epi16((short)factor), nibble = _mm256_set1_epi8(15);
     const int together = units < QZ_UNITS_IN_I16(bits) ? units : QZ_UNITS_IN_I16(bits);
     QZ_UNROLL
     for (int i = 0; i < units; i += together) {
@@ -113,8 +114,10 @@ QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, i
             }
             low = _mm256_add_epi16(low, _mm256_maddubs_epi16(code, digit));
         }
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, one));
-        if (bits == 8) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, times));
+        if (bits == 8) {
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16((short)(16 * factor))));
+        }
     }
     return sum;
 }
@@ -279,6 +282,54 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
 QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count) {
     (void)count;
     return unpack_32_codes(packed, bits);
+}
+
+/* Few rows of x against weights [K, N]. pair_rows brings the codes of 32 outputs from two weight rows side by side in
+ * an order of outputs that costs least; add_quad takes them with the row's digits of those two k. widen_pairs adds such
+ * sums, low + 256 next, to 32-bit ones in their own order; order_sums makes that the order of outputs. */
+static inline v_u8 broadcast_two(const int8_t *from) {
+    int16_t two;
+    memcpy(&two, from, sizeof two);
+    return _mm256_set1_epi16(two);
+}
+QZ_INLINE void pair_rows(v_u8 pairs[2], const uint8_t *first, const uint8_t *second, int bits) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    if (bits == 4) {
+        __m128i a = _mm_loadu_si128((const __m128i *)first), b = _mm_loadu_si128((const __m128i *)second);
+        __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
+        pairs[0] = _mm256_and_si256(both, nibble);
+        pairs[1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+    } else {
+        __m256i a = unpack_32_codes(first, bits), b = unpack_32_codes(second, bits);
+        pairs[0] = _mm256_unpacklo_epi8(a, b);
+        pairs[1] = _mm256_unpackhi_epi8(a, b);
+    }
+}
+QZ_INLINE void widen_pairs(v_i32 sums[4], const v_sums low[2], const v_sums next[2]) {
+    const __m256i factors = _mm256_set1_epi32(1 | 256 << 16);
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        __m256i lower = _mm256_unpacklo_epi16(low[i], next[i]), upper = _mm256_unpackhi_epi16(low[i], next[i]);
+        sums[2 * i] = _mm256_add_epi32(sums[2 * i], _mm256_madd_epi16(lower, factors));
+        sums[2 * i + 1] = _mm256_add_epi32(sums[2 * i + 1], _mm256_madd_epi16(upper, factors));
+    }
+}
+QZ_INLINE void order_sums(v_i32 sums[4], int bits) {
+    __m256i a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+    if (bits == 4) { /* a and b hold even outputs, c and d odd ones */
+        a = _mm256_unpacklo_epi32(sums[0], sums[2]);
+        b = _mm256_unpackhi_epi32(sums[0], sums[2]);
+        c = _mm256_unpacklo_epi32(sums[1], sums[3]);
+        d = _mm256_unpackhi_epi32(sums[1], sums[3]);
+    }
+    sums[0] = _mm256_permute2x128_si256(a, b, 0x20);
+    sums[1] = _mm256_permute2x128_si256(c, d, 0x20);
+    sums[2] = _mm256_permute2x128_si256(a, b, 0x31);
+    sums[3] = _mm256_permute2x128_si256(c, d, 0x31);
+}
+
+static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), codes);
 }
 
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {

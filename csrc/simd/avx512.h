@@ -93,7 +93,8 @@ static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
 #endif
 }
 
-QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits) {
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits, int factor) {
+    (void)factor;
     (void)bits;
     QZ_UNROLL
     for (int i = 0; i < units; i++) sum = _mm512_dpbusd_epi32(sum, codes[i], load_u8(digits + 64 * i));
@@ -195,6 +196,10 @@ QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count)
     if (bits == 8 && count >= 64) return load_u8(packed);
     __m512i bytes = _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - some / 8 * bits), packed);
     return bits == 8 ? bytes : take_codes(bytes, bits);
+}
+
+static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), codes);
 }
 
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {

@@ -26,8 +26,12 @@ static inline void store_u8(uint8_t *to, v_u8 v);
  * 2^32. codes are unsigned and below 2^bits; digits are signed bytes, -128 among them. */
 static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits);
 
-/* The same over `units` vectors of codes, each against a vector of digits of its own. */
-QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits);
+/* The same over `units` vectors of codes, each against a vector of digits of its own, and `factor`-fold: 1, or
+ * QZ_DOT_FACTOR, which a header defines as 256 if that costs it nothing. */
+#ifndef QZ_DOT_FACTOR
+#define QZ_DOT_FACTOR 1
+#endif
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits, int factor);
 
 /* Codes of consecutive packed bytes, in the order that costs least: of 4 * QZ_LANES bytes, vector j holds codes
  * QZ_FOLD(bits) * i + j of every i. Widths that do not divide a byte come in order, one vector of them. */
@@ -35,6 +39,9 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits);
 
 /* One vector of codes in order, of which `count`, a multiple of 32 or more than there are, are read. */
 QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count);
+
+/* For each code below 16 what stands there in the table. */
+static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes);
 
 /* Of `lanes` vectors, each of which holds QZ_LANES / lanes blocks of `lanes` neighbouring lanes, the sums of all
  * QZ_LANES blocks, in order, modulo 2^32. lanes is a power of two up to QZ_LANES. */

@@ -50,8 +50,9 @@ static inline v_i32 greater_i32(v_i32 a, v_i32 b) { return vreinterpretq_s32_u32
 static inline v_i32 select_i32(v_i32 mask, v_i32 yes, v_i32 no) {
     return vbslq_s32(vreinterpretq_u32_s32(mask), yes, no);
 }
-#define shr_u32(v, count) vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(v), count))
-#define shl_i32(v, count) vshlq_n_s32(v, count)
+/* By operators: clang's intrinsics take literals alone, not parameters that become constants when inlined. */
+#define shr_u32(v, count) vreinterpretq_s32_u32(vreinterpretq_u32_s32(v) >> (uint32_t)(count))
+#define shl_i32(v, count) vreinterpretq_s32_u32(vreinterpretq_u32_s32(v) << (uint32_t)(count))
 
 static inline v_f32 f32_from_i32(v_i32 v) { return vcvtq_f32_s32(v); }
 static inline v_i32 i32_from_f32_truncate(v_f32 v) { return vcvtq_s32_f32(v); }
@@ -97,7 +98,8 @@ static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits) {
 }
 #endif
 
-QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits) {
+QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits, int factor) {
+    (void)factor;
     QZ_UNROLL
     for (int i = 0; i < units; i++) sum = dot4(sum, codes[i], load_u8(digits + 16 * i), bits);
     return sum;
@@ -156,6 +158,8 @@ QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count)
     memcpy(bytes, packed, (size_t)(2 * bits));
     return fetch_16_codes(vld1q_u8(bytes), 0, &places);
 }
+
+static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes) { return vqtbl1q_u8(vld1q_u8(table), codes); }
 
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     const int fold = QZ_FOLD(bits);

@@ -34,6 +34,7 @@ def quantize(
     bits: int | None,
     profile: str,
     scale_dtype: Any,
+    pad: bool,
     out: Any,
     input_dtype: str | None,
     /,
@@ -47,8 +48,31 @@ def dequantize(
     bits: int | None,
     dtype: Any,
     profile: str,
+    k: int | None,
     out: Any,
     input_dtype: str | None,
+    /,
+) -> Any: ...
+def quantize_fp(
+    plan: Plan,
+    w: Any,
+    profile: str,
+    mx_scale: str | None,
+    global_scale: float | None,
+    pad: bool,
+    out: Any,
+    input_dtype: str | None,
+    /,
+) -> tuple[Any, Any]: ...
+def dequantize_fp(
+    plan: Plan,
+    w: Any,
+    scales: Any,
+    global_scale: float | None,
+    dtype: Any,
+    profile: str,
+    k: int | None,
+    out: Any,
     /,
 ) -> Any: ...
 def matmul(
@@ -66,7 +90,88 @@ def matmul(
     input_dtype: str | None,
     /,
 ) -> Any: ...
+def gather(
+    plan: Plan,
+    x: Any,
+    w: Any,
+    scales: Any,
+    biases: Any,
+    lhs_indices: Any,
+    rhs_indices: Any,
+    transpose: bool,
+    group_size: int | None,
+    bits: int | None,
+    sorted_indices: bool,
+    accumulate: str,
+    activations: str | None,
+    out: Any,
+    input_dtype: str | None,
+    /,
+) -> Any: ...
+def gather_rhs(
+    plan: Plan,
+    x: Any,
+    w: Any,
+    scales: Any,
+    biases: Any,
+    indices: Any,
+    output_features: int | None,
+    group_size: int | None,
+    bits: int | None,
+    transpose: bool,
+    accumulate: str,
+    activations: str | None,
+    out: Any,
+    input_dtype: str | None,
+    /,
+) -> Any: ...
+def matmul_fp(
+    plan: Plan,
+    x: Any,
+    w: Any,
+    scales: Any,
+    output_features: int | None,
+    global_scale: float | None,
+    accumulate: str,
+    activations: str | None,
+    out: Any,
+    input_dtype: str | None,
+    /,
+) -> Any: ...
+def gather_fp(
+    plan: Plan,
+    x: Any,
+    w: Any,
+    scales: Any,
+    lhs_indices: Any,
+    rhs_indices: Any,
+    transpose: bool,
+    sorted_indices: bool,
+    global_scale: float | None,
+    accumulate: str,
+    activations: str | None,
+    out: Any,
+    input_dtype: str | None,
+    /,
+) -> Any: ...
+def gather_rhs_fp(
+    plan: Plan,
+    x: Any,
+    w: Any,
+    scales: Any,
+    indices: Any,
+    output_features: int | None,
+    transpose: bool,
+    global_scale: float | None,
+    accumulate: str,
+    activations: str | None,
+    out: Any,
+    input_dtype: str | None,
+    /,
+) -> Any: ...
 def fake_quantize(plan: Plan, x: Any, bits: int, out: Any, input_dtype: str | None, /) -> Any: ...
+def to_fp8(plan: Plan, x: Any, out: Any, input_dtype: str | None, /) -> Any: ...
+def from_fp8(plan: Plan, x: Any, dtype: Any, out: Any, /) -> Any: ...
 def probe(plan: Plan, what: str, source: Any, target: Any, repeats: int, /) -> float: ...
 def formats() -> tuple[dict[str, Any], ...]: ...
 def isas() -> tuple[dict[str, Any], ...]: ...

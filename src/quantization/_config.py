@@ -193,7 +193,7 @@ class Config:
     threads_reason : str
     """
 
-    _OPTIONAL = ("ml_dtypes", "safetensors", "tokenizers", "tqdm", "matplotlib", "mlx", "torch")
+    _OPTIONAL = ("ml_dtypes", "safetensors", "gguf", "tokenizers", "tqdm", "matplotlib", "mlx", "torch")
 
     def __init__(self) -> None:
         self.versions = {

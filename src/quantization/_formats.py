@@ -32,25 +32,37 @@ class Format:
     def __str__(self) -> str:
         return f"{self.mode} {self.bits} g{self.group_size}" if self.sized else self.mode
 
-    def _call(self, suffix: str, *arrays: Any, **options: Any) -> Any:
+    @property
+    def is_mlx(self) -> bool:
+        """Whether MLX has the format too."""
+        return self.mode != "affine" or self.bits != 7
+
+    def call(self, suffix: str, *arrays: Any, **options: Any) -> Any:
+        """Call ``<mode>_<suffix>``: the one place where a format's functions are looked up."""
         if self.sized:
             options.update(group_size=self.group_size, bits=self.bits)
-        return getattr(_package, f"{self.mode}_{suffix}")(*arrays, **options)
+        function = getattr(_package, f"{self.mode}_{suffix}", None)
+        if function is None:
+            raise NotImplementedError(f"{self.mode}_{suffix} is not part of this version of quantization")
+        return function(*arrays, **options)
 
-    def encode(self, w: np.ndarray, *, scale_dtype: Any = None, profile: str = "metal") -> tuple[np.ndarray, ...]:
+    def encode(
+        self, w: np.ndarray, *, scale_dtype: Any = None, profile: str = "metal", **options: Any
+    ) -> tuple[np.ndarray, ...]:
         """Codes, scales and, if the mode has them, biases of `w`."""
-        options = {"scale_dtype": scale_dtype} if self.sized else {}
-        encoded: tuple[np.ndarray, ...] = self._call("quantize", w, profile=profile, **options)
+        if self.sized:
+            options["scale_dtype"] = scale_dtype
+        encoded: tuple[np.ndarray, ...] = self.call("quantize", w, profile=profile, **options)
         return encoded
 
     def decode(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
         """Float32 values of what `encode` returned, unrounded: what the matmuls multiply by."""
-        decoded: np.ndarray = self._call("dequantize", *encoded, dtype="float32")
+        decoded: np.ndarray = self.call("dequantize", *encoded, dtype="float32")
         return decoded
 
     def matmul_t(self, x: np.ndarray, encoded: Sequence[np.ndarray]) -> np.ndarray:
         """``x @ w.T`` straight from the codes."""
-        product: np.ndarray = self._call("qmm_t", x, *encoded)
+        product: np.ndarray = self.call("qmm_t", x, *encoded)
         return product
 
 
@@ -61,10 +73,10 @@ def known_formats() -> tuple[Format, ...]:
     return tuple(Format(mode, bits, group, modes.count(mode) > 1) for mode, bits, group in choices)
 
 
-def as_format(spec: Format | str | tuple[str, int, int]) -> Format:
-    """Resolve ``"affine_4_g64"``, ``"affine 4"``, ``"mxfp4"`` or ``("affine", 4, 64)`` to a known format.
+def as_format(spec: Any) -> Format:
+    """Resolve ``"affine_4_g64"``, ``"affine 4"``, ``"mxfp4"`` or ``("affine", 4, 64)`` to a format.
 
-    A width or group size that is left out is 4 or 64 where the mode has it, else the first that the mode has.
+    A width or group size that is left out, or None, is 4 or 64 where the mode has it, else the first that the mode has.
     """
     if isinstance(spec, Format):
         return spec
@@ -73,7 +85,7 @@ def as_format(spec: Format | str | tuple[str, int, int]) -> Format:
         match = re.fullmatch(rf"({modes})(?:[ _-]?(\d+))?(?:[ _-]?g(\d+))?", spec.strip())
         wanted = match.groups() if match else (None, None, None)
     elif isinstance(spec, tuple) and 1 <= len(spec) <= 3 and isinstance(spec[0], str):
-        if not all(isinstance(number, int) for number in spec[1:]):
+        if not all(number is None or (isinstance(number, int) and not isinstance(number, bool)) for number in spec[1:]):
             raise TypeError(f"formats: bits and group size are integers, got {spec!r}")
         wanted = spec + (None,) * (3 - len(spec))
     else:
@@ -87,15 +99,15 @@ def as_format(spec: Format | str | tuple[str, int, int]) -> Format:
         if f.mode == mode and (bits is None or f.bits == int(bits)) and (group is None or f.group_size == int(group))
     ]
     if not fits:
-        raise ValueError(f"formats: unknown format {spec!r}; there are {_list_formats()}")
+        raise ValueError(f"formats: unknown format {spec!r}; there are {_list_formats(known_formats())}")
     return min(fits, key=lambda f: (f.bits != DEFAULT_FORMAT[1], f.group_size != DEFAULT_FORMAT[2]))
 
 
-def _list_formats() -> str:
-    """List the known formats, a mode at a time: 'affine (bits 2, 3, …; group sizes 32, 64, 128), mxfp4'."""
+def _list_formats(formats: Sequence[Format]) -> str:
+    """List formats, a mode at a time: 'affine (bits 2, 3, …; group sizes 32, 64, 128), mxfp4'."""
     texts = []
-    for mode in dict.fromkeys(f.mode for f in known_formats()):
-        of_mode = [f for f in known_formats() if f.mode == mode]
+    for mode in dict.fromkeys(f.mode for f in formats):
+        of_mode = [f for f in formats if f.mode == mode]
         bits = ", ".join(map(str, sorted({f.bits for f in of_mode})))
         groups = ", ".join(map(str, sorted({f.group_size for f in of_mode})))
         texts.append(f"{mode} (bits {bits}; group sizes {groups})" if of_mode[0].sized else mode)

@@ -42,13 +42,14 @@ class AffineQuantize(Kernel):
         *,
         profile: str = "metal",
         scale_dtype: Any = None,
+        pad: bool = False,
         out: Any = None,
         input_dtype: str | None = None,
     ) -> tuple[Any, Any, Any]:
         """Quantize w; see `affine_quantize`."""
         group_size = self.group_size if group_size is None else group_size
         bits = self.bits if bits is None else bits
-        return _C.quantize(self._plan(), w, group_size, bits, profile, scale_dtype, out, input_dtype)
+        return _C.quantize(self._plan(), w, group_size, bits, profile, scale_dtype, pad, out, input_dtype)
 
 
 @called_by_core
@@ -77,13 +78,14 @@ class AffineDequantize(Kernel):
         *,
         dtype: Any = None,
         profile: str = "metal",
+        k: int | None = None,
         out: Any = None,
         input_dtype: str | None = None,
     ) -> Any:
         """Turn codes back into floats; see `affine_dequantize`."""
         group_size = self.group_size if group_size is None else group_size
         bits = self.bits if bits is None else bits
-        return _C.dequantize(self._plan(), w, scales, biases, group_size, bits, dtype, profile, out, input_dtype)
+        return _C.dequantize(self._plan(), w, scales, biases, group_size, bits, dtype, profile, k, out, input_dtype)
 
 
 _quantize = AffineQuantize()
@@ -97,6 +99,7 @@ def affine_quantize(
     *,
     profile: str = "metal",
     scale_dtype: Any = None,
+    pad: bool = False,
     out: Any = None,
     input_dtype: str | None = None,
 ) -> tuple[Any, Any, Any]:
@@ -108,15 +111,20 @@ def affine_quantize(
     Parameters
     ----------
     w : array_like of float32, float16, bfloat16 or float64, shape (..., K)
-        The weights; any strides. K must be a multiple of `group_size`. float64 is computed as float32.
+        The weights; any strides. K must be a multiple of `group_size` unless `pad` is true. float64 is computed as
+        float32.
     group_size : {32, 64, 128}, default 64
-    bits : {2, 3, 4, 5, 6, 8}, default 4
+    bits : {2, 3, 4, 5, 6, 7, 8}, default 4
+        7 is not a width of MLX's; packed alike.
     profile : {"metal", "cpu"}, default "metal"
         Which of MLX's two algorithms to follow. "cpu" rounds ties to even and equals MLX's CPU backend byte for byte.
         "metal" rounds ties away from zero and spreads an all-negative group over [min, 0], as MLX does on GPUs.
     scale_dtype : dtype or str, optional
         Type in which scales and biases are stored: float32, float16 or bfloat16; w's own by default. Codes always come
         from the unrounded float32 scale and bias.
+    pad : bool, default False
+        Store rows whose K is no multiple of `group_size` as if zeros followed, which MLX reads as rows of so many more
+        elements. The products here take x of the true K, and `affine_dequantize` takes ``k=K``.
     out : tuple of 3 arrays or None, optional
         Where to put codes, scales and biases; None for a new array.
     input_dtype : "bfloat16", optional
@@ -126,14 +134,15 @@ def affine_quantize(
     -------
     codes : numpy.ndarray of uint32, shape (..., K * bits / 32)
     scales, biases : numpy.ndarray, shape (..., K / group_size)
-        Of `scale_dtype`. bfloat16 is an ml_dtypes array if w or `scale_dtype` was of ml_dtypes, else uint16 bits.
+        K counts the padding. Of `scale_dtype`: bfloat16 is an ml_dtypes array if w or `scale_dtype` was of ml_dtypes,
+        else uint16 bits.
 
     Raises
     ------
     TypeError
         If w is no array of floats.
     ValueError
-        For a group size or width that does not exist, or a K that is not a multiple of `group_size`.
+        For a group size or width that does not exist, or, without `pad`, a K that is not a multiple of `group_size`.
 
     Notes
     -----
@@ -152,7 +161,7 @@ def affine_quantize(
     >>> bool(error <= np.abs(scales).max())  # half of it, but where a value lies beyond the last code
     True
     """
-    return _C.quantize(_quantize._plan(), w, group_size, bits, profile, scale_dtype, out, input_dtype)
+    return _C.quantize(_quantize._plan(), w, group_size, bits, profile, scale_dtype, pad, out, input_dtype)
 
 
 def affine_dequantize(
@@ -164,6 +173,7 @@ def affine_dequantize(
     *,
     dtype: Any = None,
     profile: str = "metal",
+    k: int | None = None,
     out: Any = None,
     input_dtype: str | None = None,
 ) -> Any:
@@ -181,6 +191,9 @@ def affine_dequantize(
     profile : {"metal", "cpu"}, default "metal"
         "metal" computes in float32 and rounds once. "cpu" rounds the product and the sum to the type of scales and
         biases, as MLX's CPU backend does, byte for byte.
+    k : int, optional
+        The K of rows that were stored with ``pad=True``: what follows is left out. Less than what the groups hold, by
+        less than a group.
     out : array, optional
         Where to put the result.
     input_dtype : "bfloat16", optional
@@ -205,4 +218,4 @@ def affine_dequantize(
     >>> q.affine_dequantize(codes, scales, biases, bits=4)[0, :4]
     array([3., 3., 3., 3.], dtype=float32)
     """
-    return _C.dequantize(_dequantize._plan(), w, scales, biases, group_size, bits, dtype, profile, out, input_dtype)
+    return _C.dequantize(_dequantize._plan(), w, scales, biases, group_size, bits, dtype, profile, k, out, input_dtype)

@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python tests/campaigns/boundary_fuzz.py [--calls N] [--seed S]
 
-A call must end in a TypeError, ValueError or MemoryError that names the operation, with every `out` as it was, or in
-the bytes that the same call gives for contiguous copies of its arrays. All memory lies between guard bytes, which must
-stay as they are. Under AddressSanitizer (see .ci/gates/sanitizers), reads outside arrays end the run too.
+A call must end in a TypeError, ValueError, IndexError or MemoryError that names the operation, with every `out` as it
+was, or in the bytes that the same call gives for contiguous copies of its arrays. All memory lies between guard bytes,
+which must stay as they are. Under AddressSanitizer (see .ci/gates/sanitizers), reads outside arrays end the run too.
 """
 
 import argparse
@@ -122,7 +122,8 @@ class Random(random.Random):
 def quantize_call(r):
     group, bits = r.choice([32, 64, 128]), r.choice([2, 3, 4, 5, 6, 8])
     shape = r.shape(group * r.choice([0, 1, 1, 2, 5]))
-    w = r.floats(*shape)
+    lacking = r.choice([0, 0, 5]) if shape[-1] else 0  # which padding makes up for
+    w = r.floats(*shape[:-1], shape[-1] - lacking)
     groups = (*shape[:-1], shape[-1] // group)
     scale = r.choice([None, None, "float32", "float16", "bfloat16", np.float16])
     store = (
@@ -135,7 +136,8 @@ def quantize_call(r):
     ]
     out = r.choice([None, tuple(outs)])
     declared = r.choice([None, "bfloat16"])
-    return _C.quantize, "affine_quantize", [w, group, bits, r.choice(["metal", "cpu"]), scale, out, declared]
+    given = [group, bits, r.choice(["metal", "cpu"]), scale, lacking > 0 or r.random() < 0.1]
+    return _C.quantize, "affine_quantize", [w, *given, out, declared]
 
 
 def dequantize_call(r):
@@ -145,9 +147,11 @@ def dequantize_call(r):
     dtype = r.choice([None, None, "float32", "float16", "bfloat16"])
     result = {"float16": "f2", "bfloat16": "u2"}.get(dtype, "f4")
     given = [r.choice([group, group, None]), r.choice([bits, bits, None])]
-    out = r.out(shape, result, stored)
+    k = shape[-1] - r.choice([0, 5]) if shape[-1] else 0
+    out = r.out((*shape[:-1], k), result, stored)
+    given += [dtype, r.choice(["metal", "cpu"]), k if k != shape[-1] else r.choice([k, None])]
     declared = r.choice([None, "bfloat16"])
-    return _C.dequantize, "affine_dequantize", [*stored, *given, dtype, r.choice(["metal", "cpu"]), out, declared]
+    return _C.dequantize, "affine_dequantize", [*stored, *given, out, declared]
 
 
 def matmul_call(r):
@@ -168,6 +172,35 @@ def matmul_call(r):
     return _C.matmul, op, [x, *stored, *given, "exact", r.choice([None, None, "int8"]), out, declared]
 
 
+def gather_call(r):
+    """Indices are in range as a rule, of any integer type."""
+    of_rows = r.random() < 0.4
+    group, bits = r.choice([32, 64, 128]), r.choice([2, 3, 4, 5, 6, 8])
+    columns, rows, m = group * r.choice([0, 1, 1, 2, 3]), r.choice([0, 1, 3, 17, 40]), r.choice([0, 1, 1, 2, 9])
+    transpose = r.random() < 0.5
+    k, n = (columns, rows) if transpose else (rows, columns)
+    x_batch, experts = r.shape(), r.choice([0, 1, 3, 3])
+    stored = r.stored(experts, rows, columns=columns, bits=bits, group=group)
+    x = r.floats(*x_batch, k) if of_rows else r.floats(*x_batch, m, k)
+    shape = x_batch if of_rows else r.shape()
+    matrices = int(np.prod(x_batch))
+
+    def chosen(count):
+        values = np.array([r.randrange(-count, count) if count else 0 for _ in range(int(np.prod(shape)))], np.int64)
+        values[: r.random() < 0.1] = count + r.choice([0, 1, 1 << 40])
+        return values.reshape(shape).astype(r.choice("bhlqHLQ"))
+
+    lhs, rhs = r.choice([None, chosen(matrices)]), chosen(experts)
+    out = r.out((*shape, n) if of_rows else (*shape, m, n), r.choice(["f4", "f4", "f2", "u2"]), [x, *stored])
+    given = [r.choice([group, group, None]), r.choice([bits, bits, None])]
+    rest = [r.choice(["exact", "float"]), r.choice([None, None, "int8"]), out, r.choice([None, "bfloat16"])]
+    if of_rows:
+        features = r.choice([None, None, n, r.randrange(200)])
+        return _C.gather_rhs, "affine_gather_qmm_rhs", [x, *stored, rhs, features, *given, transpose, *rest]
+    said = r.choice([True, False])
+    return _C.gather, "affine_gather_qmm", [x, *stored, lhs, rhs, transpose, *given, said, *rest]
+
+
 def fake_quantize_call(r):
     shape = r.shape(r.choice([0, 1, 7, 64, 300]))[r.choice([0, 0, 0, 1]) :]
     x = r.floats(*shape)
@@ -175,7 +208,7 @@ def fake_quantize_call(r):
     return _C.fake_quantize, "quantize", [x, r.choice([1, 2, 4, 8, 16, 17]), out, r.choice([None, "bfloat16"])]
 
 
-CALLS = [quantize_call, dequantize_call, matmul_call, fake_quantize_call]
+CALLS = [quantize_call, dequantize_call, matmul_call, gather_call, fake_quantize_call]
 
 
 def contiguous(value):
@@ -222,7 +255,7 @@ def attempt(r):
     _C.fail_allocations_after(fails_at)
     try:
         result = function(plan, *arguments)
-    except (TypeError, ValueError, MemoryError) as error:
+    except (TypeError, ValueError, IndexError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not str(error).startswith(f"{op}: "):
             raise AssertionError(f"{error} does not name {op}") from error
         assert [array.tobytes() for array in outputs_of(out)] == before, "a failing call wrote"
@@ -237,12 +270,13 @@ def attempt(r):
 
 def surprise(r):
     """A call with a random number of random things."""
-    function = r.choice([_C.quantize, _C.dequantize, _C.matmul, _C.fake_quantize, _C.Plan, _C.check_num_threads])
-    count = r.choice([0, 1, 2, 5, 8, 10, 12])
+    products = [_C.matmul, _C.gather, _C.gather_rhs]
+    function = r.choice([_C.quantize, _C.dequantize, *products, _C.fake_quantize, _C.Plan, _C.check_num_threads])
+    count = r.choice([0, 1, 2, 5, 8, 10, 12, 14, 15])
     things = [*NONSENSE, *(plans[0] for plans in PLANS.values())]
     try:
         function(*(r.choice(things) for _ in range(count)))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
         return type(error).__name__
     return "result"
 

@@ -1,0 +1,231 @@
+/* FP8 weights on vectors: what a result is, bit for bit, is said by matmul_definition_fp.h. Weights are decoded to
+ * float32 a panel of k at a time, as they are exactly.
+ *
+ * Few rows of x, y = x Wᵀ: lanes run along k, so that a vector, or some, are the chains of a panel. All else: lanes are
+ * outputs, and one chain after the other passes through the panel. */
+
+/* The exponent and the fraction of a code, moved to where float32 has its own, make its number times 2^-120; that of a
+ * subnormal code is a subnormal float, and the product undoes it exactly. */
+QZ_INLINE v_f32 weights_fp8(v_i32 codes, v_f32 scale) {
+    const v_i32 magnitude = and_i32(codes, set1_i32(0x7f)), sign = and_i32(shl_i32(codes, 24), set1_i32(INT32_MIN));
+    const v_i32 nan = and_i32(greater_i32(magnitude, set1_i32(0x7e)), set1_i32(0x7fc00000));
+    const v_f32 number = mul_f32(f32_of_bits(or_i32(shl_i32(magnitude, 20), sign)), set1_f32(0x1p120f));
+    return mul_f32(f32_of_bits(or_i32(bits_of_f32(number), nan)), scale);
+}
+
+/* ---- few rows of x, weights [N, K] ---- */
+
+/* Rows of x that share the decoding of a weight; codes ahead that are asked for. */
+enum { QZ_FP8_SHARING = 8, QZ_FP8_PREFETCH = 4096, QZ_FP8_GROUP = 32 };
+
+/* Some k of weight row r as floats. */
+QZ_INLINE void decode_row_fp8(float *w, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count) {
+    const qz_scales *from = &job->scales;
+    const uint8_t *codes = job->w + r * job->w_row_stride + first;
+    const ptrdiff_t group = first / QZ_FP8_GROUP;
+    float scales[QZ_FP8_PANEL / QZ_FP8_GROUP];
+    QZ_NAME(load)(scales, from->scales + r * from->scale_row_stride + group * from->scale_group_stride,
+                  from->scale_group_stride, from->scale_type, count / QZ_FP8_GROUP);
+    for (ptrdiff_t i = 0; i < count; i += QZ_FP8_GROUP) {
+        const v_f32 scale = set1_f32(scales[i / QZ_FP8_GROUP]);
+        if (i % 64 == 0) __builtin_prefetch(codes + QZ_FP8_PREFETCH + i);
+        QZ_UNROLL
+        for (int j = 0; j < QZ_FP8_GROUP; j += QZ_LANES) {
+            store_f32(w + i + j, weights_fp8(i32_from_u8(codes + i + j), scale));
+        }
+    }
+}
+
+enum { QZ_CHAIN_VECTORS = QZ_FP8_CHAINS / QZ_LANES };
+
+/* The chains of one panel of a row of weights and one of x. */
+QZ_INLINE void sum_chains(float *to, const float *w, const float *x, ptrdiff_t count) {
+    v_f32 sums[QZ_CHAIN_VECTORS];
+    QZ_UNROLL
+    for (int v = 0; v < QZ_CHAIN_VECTORS; v++) sums[v] = set1_f32(0.0f);
+    for (ptrdiff_t i = 0; i < count; i += QZ_FP8_CHAINS) {
+        QZ_UNROLL
+        for (int v = 0; v < QZ_CHAIN_VECTORS; v++) {
+            sums[v] = fma_f32(load_f32(x + i + v * QZ_LANES), load_f32(w + i + v * QZ_LANES), sums[v]);
+        }
+    }
+    QZ_UNROLL
+    for (int v = 0; v < QZ_CHAIN_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
+}
+
+/* y = y + c_0 + ... + c_15, the sum taken first, for all rows of weights: lanes become these. */
+QZ_INLINE void add_chains(float *y, float (*chains)[QZ_FP8_CHAINS]) {
+    for (int r = 0; r < QZ_TILE_ROWS; r += QZ_LANES) {
+        v_f32 term = set1_f32(0.0f);
+        for (int i = 0; i < QZ_FP8_CHAINS; i += QZ_LANES) {
+            v_f32 rows[QZ_LANES];
+            QZ_UNROLL
+            for (int j = 0; j < QZ_LANES; j++) rows[j] = load_f32(chains[r + j] + i);
+            transpose_f32(rows);
+            term = i == 0 ? rows[0] : add_f32(term, rows[0]);
+            QZ_UNROLL
+            for (int j = 1; j < QZ_LANES; j++) term = add_f32(term, rows[j]);
+        }
+        store_f32(y + r, add_f32(load_f32(y + r), term));
+    }
+}
+
+QZ_INLINE void decode_rows_fp8(const qz_matmul_job *job) {
+    float chains[QZ_FP8_SHARING][QZ_TILE_ROWS][QZ_FP8_CHAINS];
+    _Alignas(64) float w[QZ_FP8_PANEL];
+    if (job->rows < QZ_TILE_ROWS) memset(chains, 0, sizeof chains);
+    for (ptrdiff_t first = 0; first < job->columns; first += QZ_FP8_PANEL) {
+        const ptrdiff_t left = job->columns - first, count = left < QZ_FP8_PANEL ? left : QZ_FP8_PANEL;
+        for (ptrdiff_t r = 0; r < job->rows; r++) {
+            decode_row_fp8(w, job, r, first, count);
+            for (ptrdiff_t m = 0; m < job->m; m++) {
+                sum_chains(chains[m][r], w, (const float *)(job->x + m * job->x_stride) + first, count);
+            }
+        }
+        for (ptrdiff_t m = 0; m < job->m; m++) add_chains(job->y + m * job->y_stride, chains[m]);
+    }
+}
+
+static void QZ_NAME(decode_t_fp8)(const qz_matmul_job *job) {
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
+    for (ptrdiff_t m = 0; m < job->m; m += QZ_FP8_SHARING) {
+        qz_matmul_job some = *job;
+        some.x += m * job->x_stride;
+        some.y += m * job->y_stride;
+        some.m = job->m - m < QZ_FP8_SHARING ? job->m - m : QZ_FP8_SHARING;
+        decode_rows_fp8(&some);
+    }
+    make_nan_canonical(job->y, job->m * job->y_stride);
+}
+
+/* ---- panels and tiles ---- */
+
+/* Panels are QZ_ACROSS outputs wide (matmul_float.h); some stand side by side, as many as a line of the cache has codes
+ * of weights [K, N]. */
+enum { QZ_FP8_OUTPUTS = 64, QZ_FP8_PANELS = QZ_FP8_OUTPUTS / QZ_ACROSS };
+typedef float panel_fp8[QZ_FP8_PANEL][QZ_ACROSS];
+
+/* One chain of each row of x and each output of a panel. */
+QZ_INLINE void sum_chain_of_tile(v_f32 (*sums)[2], panel_fp8 panel, const float *const *x, ptrdiff_t chain,
+                                 ptrdiff_t count, int rows) {
+    QZ_UNROLL
+    for (int m = 0; m < rows; m++) sums[m][0] = sums[m][1] = set1_f32(0.0f);
+    for (ptrdiff_t k = chain; k < count; k += QZ_FP8_CHAINS) {
+        const v_f32 low = load_f32(panel[k]), high = load_f32(panel[k] + QZ_LANES);
+        QZ_UNROLL
+        for (int m = 0; m < rows; m++) {
+            const v_f32 value = set1_f32(x[m][k]);
+            sums[m][0] = fma_f32(value, low, sums[m][0]);
+            sums[m][1] = fma_f32(value, high, sums[m][1]);
+        }
+    }
+}
+
+/* Adds to y the products of `rows` rows of x and a panel; the first `some` of them count. */
+QZ_INLINE void multiply_tile_fp8(float *y, ptrdiff_t pitch, panel_fp8 panel, const float *const *x, ptrdiff_t count,
+                                 ptrdiff_t some, int rows) {
+    v_f32 totals[QZ_FLOAT_ROWS][2], sums[QZ_FLOAT_ROWS][2];
+    sum_chain_of_tile(totals, panel, x, 0, count, rows);
+    for (ptrdiff_t chain = 1; chain < QZ_FP8_CHAINS; chain++) {
+        sum_chain_of_tile(sums, panel, x, chain, count, rows);
+        QZ_UNROLL
+        for (int m = 0; m < rows; m++) {
+            totals[m][0] = add_f32(totals[m][0], sums[m][0]);
+            totals[m][1] = add_f32(totals[m][1], sums[m][1]);
+        }
+    }
+    for (ptrdiff_t m = 0; m < some; m++) {
+        float *to = y + m * pitch;
+        store_f32(to, add_f32(load_f32(to), totals[m][0]));
+        store_f32(to + QZ_LANES, add_f32(load_f32(to + QZ_LANES), totals[m][1]));
+    }
+}
+
+/* All rows of x, from `first` on, against a panel; the last stands in for those that a tile lacks. Not inline: see
+ * multiply_panel. */
+static __attribute__((noinline)) void QZ_NAME(multiply_panel_fp8)(const qz_matmul_job *job, panel_fp8 panel,
+                                                                  ptrdiff_t output, ptrdiff_t first, ptrdiff_t count) {
+    for (ptrdiff_t m = 0; m < job->m; m += QZ_FLOAT_ROWS) {
+        const ptrdiff_t some = job->m - m < QZ_FLOAT_ROWS ? job->m - m : QZ_FLOAT_ROWS;
+        float *y = job->y + m * job->y_stride + output;
+        const float *x[QZ_FLOAT_ROWS];
+        for (ptrdiff_t r = 0; r < QZ_FLOAT_ROWS; r++) {
+            x[r] = (const float *)(job->x + (m + (r < some ? r : some - 1)) * job->x_stride) + first;
+        }
+        if (some == 1) {
+            multiply_tile_fp8(y, job->y_stride, panel, x, count, 1, 1);
+        } else {
+            multiply_tile_fp8(y, job->y_stride, panel, x, count, some, QZ_FLOAT_ROWS);
+        }
+    }
+}
+
+/* QZ_LANES rows of weights from row r on become lanes of a panel; the last of the job stands in for those beyond. */
+QZ_INLINE void decode_lanes_fp8(panel_fp8 panel, int lane, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
+                                ptrdiff_t count) {
+    float w[QZ_LANES][QZ_FP8_PANEL];
+    for (ptrdiff_t i = 0; i < QZ_LANES; i++) {
+        decode_row_fp8(w[i], job, r + i < job->rows ? r + i : job->rows - 1, first, count);
+    }
+    for (ptrdiff_t k = 0; k < count; k += QZ_LANES) {
+        v_f32 lines[QZ_LANES];
+        QZ_UNROLL
+        for (int i = 0; i < QZ_LANES; i++) lines[i] = load_f32(w[i] + k);
+        transpose_f32(lines);
+        QZ_UNROLL
+        for (int i = 0; i < QZ_LANES; i++) store_f32(panel[k + i] + lane, lines[i]);
+    }
+}
+
+static void QZ_NAME(prefill_t_fp8)(const qz_matmul_job *job) {
+    _Alignas(64) panel_fp8 panel;
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
+    for (ptrdiff_t first = 0; first < job->columns; first += QZ_FP8_PANEL) {
+        const ptrdiff_t left = job->columns - first, count = left < QZ_FP8_PANEL ? left : QZ_FP8_PANEL;
+        for (ptrdiff_t r = 0; r < job->rows; r += QZ_ACROSS) {
+            decode_lanes_fp8(panel, 0, job, r, first, count);
+            decode_lanes_fp8(panel, QZ_LANES, job, r + QZ_LANES, first, count);
+            QZ_NAME(multiply_panel_fp8)(job, panel, r, first, count);
+        }
+    }
+    make_nan_canonical(job->y, job->m * job->y_stride);
+}
+
+/* ---- weights [K, N] ---- */
+
+/* Panels of outputs [column, column + outputs), of `count` k from `first` on. */
+QZ_INLINE void decode_panels_fp8(panel_fp8 *panels, const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t outputs,
+                                 ptrdiff_t first, ptrdiff_t count) {
+    const qz_scales *from = &job->scales;
+    for (ptrdiff_t n = 0; n < outputs; n += QZ_FP8_GROUP) {
+        const ptrdiff_t group = (column + n) / QZ_FP8_GROUP;
+        float scales[QZ_FP8_PANEL];
+        QZ_NAME(load)(scales, from->scales + first * from->scale_row_stride + group * from->scale_group_stride,
+                      from->scale_row_stride, from->scale_type, count);
+        for (ptrdiff_t k = 0; k < count; k++) {
+            const uint8_t *codes = job->w + (first + k) * job->w_row_stride + column + n;
+            const v_f32 scale = set1_f32(scales[k]);
+            QZ_UNROLL
+            for (int i = 0; i < QZ_FP8_GROUP; i += QZ_LANES) {
+                float *to = panels[(n + i) / QZ_ACROSS][k] + (n + i) % QZ_ACROSS;
+                store_f32(to, weights_fp8(i32_from_u8(codes + i), scale));
+            }
+        }
+    }
+}
+
+static void QZ_NAME(matmul_n_fp8)(const qz_matmul_job *job) {
+    _Alignas(64) panel_fp8 panels[QZ_FP8_PANELS];
+    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
+    for (ptrdiff_t first = 0; first < job->rows; first += QZ_FP8_PANEL) {
+        const ptrdiff_t left = job->rows - first, count = left < QZ_FP8_PANEL ? left : QZ_FP8_PANEL;
+        for (ptrdiff_t column = 0; column < job->columns; column += QZ_FP8_OUTPUTS) {
+            const ptrdiff_t rest = job->columns - column, outputs = rest < QZ_FP8_OUTPUTS ? rest : QZ_FP8_OUTPUTS;
+            decode_panels_fp8(panels, job, column, outputs, first, count);
+            for (ptrdiff_t n = 0; n < outputs; n += QZ_ACROSS) {
+                QZ_NAME(multiply_panel_fp8)(job, panels[n / QZ_ACROSS], column + n, first, count);
+            }
+        }
+    }
+    make_nan_canonical(job->y, job->m * job->y_stride);
+}
