@@ -1,5 +1,6 @@
 """Low-bit quantization kernels as plain functions over NumPy arrays, in MLX's storage formats."""
 
+from ._checkpoint import Checkpoint, open
 from ._config import device, get_num_threads, isa, set_num_threads, show_config, threads
 from ._fake_quantize import (
     VariableQuantizationKernel,
@@ -67,6 +68,7 @@ from ._nax import (
     affine_qmm_n_nax,
     affine_qmm_t_nax,
 )
+from ._qtensor import QTensor
 from ._quantize import AffineDequantize, AffineQuantize, affine_dequantize, affine_quantize
 from ._quantize_fp import (
     Mxfp4Dequantize,
@@ -83,6 +85,7 @@ from ._quantize_fp import (
     nvfp4_quantize,
 )
 from ._report import Report, report
+from ._save import save_mlx
 from ._version import __version__
 
 __all__ = [
@@ -97,6 +100,7 @@ __all__ = [
     "AffineQmv",
     "AffineQuantize",
     "AffineQvm",
+    "Checkpoint",
     "FromFp8",
     "Mxfp4Dequantize",
     "Mxfp4GatherQmm",
@@ -122,6 +126,7 @@ __all__ = [
     "Nvfp4Qmv",
     "Nvfp4Quantize",
     "Nvfp4Qvm",
+    "QTensor",
     "Report",
     "ToFp8",
     "VariableQuantizationKernel",
@@ -166,8 +171,10 @@ __all__ = [
     "nvfp4_qmv",
     "nvfp4_quantize",
     "nvfp4_qvm",
+    "open",
     "quantize",
     "report",
+    "save_mlx",
     "set_num_threads",
     "show_config",
     "threads",

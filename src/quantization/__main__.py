@@ -1,4 +1,4 @@
-"""Command line: ``python -m quantization demo | report | bench | info``.
+"""Command line: ``python -m quantization demo | report | convert | bench | info``.
 
 Errors are one line on stderr and exit status 2.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from . import _extras, _report, show_config
+from . import _convert, _extras, _formats, _report, show_config
 from ._bench import run as _bench
 
 
@@ -20,7 +20,7 @@ def _bar(label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
 
     def wrap(items: Sequence[Any]) -> Iterable[Any]:
         try:
-            tqdm = _extras.require("tqdm", "demo")
+            tqdm = _extras.require("tqdm", "io")
         except ImportError:
             return items
         bar: Iterable[Any] = tqdm.tqdm(items, desc=label, leave=False, disable=None)
@@ -30,18 +30,23 @@ def _bar(label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
 
 
 def _run_demo(arguments: argparse.Namespace) -> None:
-    from ._demo import compare
+    given = {name: value for name in _ONLY_OF if (value := getattr(arguments, name))}
+    for name in given:
+        if _ONLY_OF[name] != arguments.which:
+            raise ValueError(f"demo {arguments.which}: --{name} is an option of demo {_ONLY_OF[name]}")
+    options = {**given, "model": arguments.model, "formats": arguments.format, "progress": _bar("demo")}
+    if arguments.which == "smollm2":
+        from ._demo import generate
 
-    options = {"query": arguments.query} if arguments.query else {}
-    compare.run(
-        sys.stdout,
-        model=arguments.model,
-        formats=arguments.format,
-        layers=arguments.layers,
-        plot=arguments.plot,
-        progress=_bar("demo"),
-        **options,
-    )
+        generate.run(sys.stdout, **options)
+    else:
+        from ._demo import compare
+
+        compare.run(sys.stdout, **options)
+
+
+# Options of one of the demo's models, and which.
+_ONLY_OF = {"query": "minilm", "layers": "minilm", "plot": "minilm", "prompt": "smollm2"}
 
 
 def _run_report(arguments: argparse.Namespace) -> None:
@@ -58,6 +63,24 @@ def _run_report(arguments: argparse.Namespace) -> None:
     print(str(result))
     if arguments.plot:
         result.plot(arguments.plot)
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    wanted = (arguments.mode, arguments.bits, arguments.group_size)
+    done = _convert.convert(
+        arguments.source,
+        arguments.target,
+        _formats.as_format(wanted),
+        overrides=dict(map(_convert.parse_override, arguments.override or ())),
+        dtype=arguments.dtype,
+        profile=arguments.profile,
+        progress=_bar("convert"),
+    )
+    for name in dict.fromkeys(str(found) for found in done.formats.values() if found):
+        print(f"{name}: {sum(str(found) == name for found in done.formats.values())} matrices")
+    if done.skipped:
+        print(_report.skipped_text(done.skipped, "not quantized"))
+    print(f"{arguments.target}: {done.nbytes / 1e6:.1f} MB, {8 * done.nbytes / max(1, done.weights):.2f} bits/weight")
 
 
 def _run_bench(arguments: argparse.Namespace) -> int:
@@ -84,9 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="a real model in every format: size, error, quality, speed")
-    demo.add_argument("--model", metavar="PATH", help="folder with model.safetensors, tokenizer.json and config.json")
-    demo.add_argument("--query", metavar="TEXT", help="sentence to answer from the 50 of the demo")
-    demo.add_argument("--layers", action="store_true", help="list every matrix at 4 bits, worst first")
+    demo.add_argument("which", nargs="?", choices=("minilm", "smollm2"), default="minilm", help="default: minilm")
+    demo.add_argument(
+        "--model",
+        metavar="PATH",
+        help="folder with model.safetensors, tokenizer.json and config.json (minilm), or GGUF file (smollm2)",
+    )
+    demo.add_argument("--query", metavar="TEXT", help="minilm: sentence to answer from the 50 of the demo")
+    demo.add_argument("--layers", action="store_true", help="minilm: list every matrix at 4 bits, worst first")
+    demo.add_argument("--prompt", metavar="TEXT", help="smollm2: what to ask")
     demo.set_defaults(run=_run_demo)
 
     report = commands.add_parser("report", help="bits per weight and error of every tensor of a file")
@@ -98,9 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float16", "bfloat16", "float32"),
         help="type of stored scales and biases (default: that of the tensor)",
     )
-    report.add_argument("--profile", choices=("metal", "cpu"), default="metal", help="MLX backend whose codes to make")
+    _add_profile(report)
     report.set_defaults(run=_run_report)
 
+    _add_convert(commands)
     for command in (demo, report):
         command.add_argument(
             "--format",
@@ -115,6 +145,34 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, CPU features, chosen kernels, threads")
     info.set_defaults(run=_run_info)
     return parser
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser("convert", help="a float model folder to a quantized one that mlx-lm reads")
+    convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors files")
+    convert.add_argument("target", metavar="DST", help="folder to make; a run that was stopped goes on where it was")
+    modes = dict.fromkeys(f.mode for f in _formats.known_formats())
+    convert.add_argument("--mode", "--q-mode", choices=tuple(modes), default="affine", help="default: affine")
+    convert.add_argument("--bits", "--q-bits", type=int, metavar="N", help="default: 4, or what the mode has")
+    convert.add_argument(
+        "--group-size", "--q-group-size", type=int, metavar="N", help="default: 64, or what the mode has"
+    )
+    convert.add_argument(
+        "--override",
+        action="append",
+        metavar="PATTERN=FORMAT",
+        help="another format for layers whose name fits, such as '*.down_proj=affine_6_g64', or false to leave them; "
+        "may be given several times, the last that fits counts",
+    )
+    convert.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="round floats to this first (default: as they are)"
+    )
+    _add_profile(convert)
+    convert.set_defaults(run=_run_convert)
+
+
+def _add_profile(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--profile", choices=("metal", "cpu"), default="metal", help="MLX backend whose codes to make")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import zipfile
@@ -14,8 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._extras import require
-from ._text import first_line
+from ._safetensors import map_safetensors
 
 
 @dataclass(frozen=True)
@@ -75,27 +73,17 @@ class _NpzReader:
 
 class _SafetensorsReader:
     def __init__(self, path: Path) -> None:
-        library = require("safetensors", "io")
-        # safetensors hands out bfloat16 arrays only if somebody has registered the type with NumPy before.
-        self._has_bfloat16 = importlib.util.find_spec("ml_dtypes") is not None
-        if self._has_bfloat16:
-            importlib.import_module("ml_dtypes")
-        try:
-            self._file = library.safe_open(path, framework="numpy")
-        except library.SafetensorError as error:
-            raise CorruptError(str(error)) from error
-        self.names = list(self._file.keys())
+        self._tensors = map_safetensors(path)[0]
+        self.names = list(self._tensors)
 
     def __getitem__(self, name: str) -> np.ndarray | Unreadable:
-        entry = self._file.get_slice(name)
-        stored, shape = entry.get_dtype(), tuple(entry.get_shape())
-        if stored == "BF16" and not self._has_bfloat16:
-            return Unreadable(shape, stored, "BF16: needs ml_dtypes, which pip install 'quantization[io]' brings")
-        # The library refuses these with whatever error its look-up of the NumPy type ends in.
-        if stored not in ("BF16", "F16", "F32", "F64") and not re.fullmatch(r"BOOL|[IU](8|16|32|64)", stored):
-            return Unreadable(shape, stored, f"{stored}: not a type that is quantized")
-        array: np.ndarray = self._file.get_tensor(name)
-        return array
+        tensor = self._tensors[name]
+        if tensor.tag == "BF16" and importlib.util.find_spec("ml_dtypes") is None:
+            reason = "BF16: needs ml_dtypes, which pip install 'quantization[io]' brings"
+            return Unreadable(tensor.shape, tensor.tag, reason)
+        if tensor.tag not in ("BF16", "F16", "F32", "F64") and not re.fullmatch(r"BOOL|[IU](8|16|32|64)", tensor.tag):
+            return Unreadable(tensor.shape, tensor.tag, f"{tensor.tag}: not a type that is quantized")
+        return tensor.array()
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
@@ -107,8 +95,5 @@ READERS: dict[str, Callable[[Path], Reader]] = {
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray | Unreadable]:
     """All tensors of a safetensors file by name."""
-    try:
-        tensors = _SafetensorsReader(path)
-    except CorruptError as error:
-        raise ValueError(f"{path}: not a readable .safetensors file: {first_line(error)}") from error
+    tensors = _SafetensorsReader(path)
     return {name: tensors[name] for name in tensors.names}

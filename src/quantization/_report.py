@@ -292,13 +292,13 @@ def _unfit(array: np.ndarray) -> str:
     if array.size == 0:
         return "empty"
     with np.errstate(over="ignore"):
-        bad = sum(int(block.size - np.isfinite(block.astype(np.float32)).sum()) for block in _row_blocks(array))
+        bad = sum(int(block.size - np.isfinite(block.astype(np.float32)).sum()) for block in row_blocks(array))
     if bad:
         return f"{bad} value{'s are' if bad > 1 else ' is'} NaN, infinite or beyond float32"
     return ""
 
 
-def _row_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+def row_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     """`array` as blocks of whole rows in native byte order; groups lie within rows, so blocks encode as the whole."""
     rows = array.reshape(-1, array.shape[-1])
     step = max(1, _BLOCK // rows.shape[1])
@@ -319,7 +319,7 @@ def _measure(array: np.ndarray, target: Format, scale_dtype: Any, profile: str) 
         fits = f"{' or '.join(fitting)} would fit" if fitting else "no format here fits"
         return f"last axis {width} is not a multiple of group size {target.group_size} ({fits})"
     nbytes, sums = 0, Errors()
-    for block in _row_blocks(array):
+    for block in row_blocks(array):
         encoded = target.encode(block, scale_dtype=scale_dtype, profile=profile)
         nbytes += sum(part.nbytes for part in encoded)
         # A scale that overflowed decodes to Inf or, times code 0, to NaN: reported below, so not worth a warning.

