@@ -39,16 +39,29 @@ static void fill(void) {
     }
 }
 
-static qz_scales scales_of(ptrdiff_t row_stride, ptrdiff_t group_stride) {
-    return (qz_scales){
-        .scales = (const char *)scales,
-        .biases = (const char *)biases,
-        .scale_row_stride = row_stride,
-        .scale_group_stride = group_stride,
-        .bias_row_stride = row_stride,
-        .bias_group_stride = group_stride,
-        .scale_type = QZ_F32,
-        .bias_type = QZ_F32,
+/* Some rows of weights, all groups of GROUP, times m rows of x. */
+static qz_matmul_job job_of(int bits, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t m, const void *x,
+                            ptrdiff_t x_stride) {
+    const ptrdiff_t groups = columns / GROUP;
+    return (qz_matmul_job){
+        .w = codes,
+        .w_row_stride = columns * bits / 8,
+        .scales = {.scales = (const char *)scales,
+                   .biases = (const char *)biases,
+                   .scale_row_stride = groups * 4,
+                   .scale_group_stride = 4,
+                   .bias_row_stride = groups * 4,
+                   .bias_group_stride = 4,
+                   .scale_type = QZ_F32,
+                   .bias_type = QZ_F32},
+        .group_size = GROUP,
+        .rows = rows,
+        .columns = columns,
+        .x = x,
+        .x_stride = x_stride,
+        .m = m,
+        .y = results,
+        .y_stride = rows < QZ_PREFILL_ROWS ? QZ_TILE_ROWS : QZ_MAX_GROUP,
     };
 }
 
@@ -58,6 +71,12 @@ static void dump(const char *name, ptrdiff_t units) {
     CALLGRIND_DUMP_STATS_AT(text);
 }
 
+static void count_multiply(const char *name, void (*multiply)(const qz_matmul_job *), qz_matmul_job job) {
+    CALLGRIND_ZERO_STATS;
+    multiply(&job);
+    dump(name, job.rows * job.columns / GROUP * job.m);
+}
+
 static void count_matmul_t(int which, int digits, ptrdiff_t m) {
     const qz_format_kernels *format = kernels->format(formats[which].format, SLOT_OF_64);
     const qz_matmul_kernel *kernel = m == 1 ? &format->decode_t[digits - 1] : &format->prefill_t[digits - 1];
@@ -65,24 +84,9 @@ static void count_matmul_t(int which, int digits, ptrdiff_t m) {
     char name[64];
     snprintf(name, sizeof name, "matmul_t_%d_digits_%d_m_%td", formats[which].bits, digits, m);
     for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
-        const ptrdiff_t stride = (ptrdiff_t)kernel->prepared_size(k), groups = k / GROUP;
+        const ptrdiff_t stride = (ptrdiff_t)kernel->prepared_size(k);
         for (ptrdiff_t i = 0; i < m; i++) kernel->prepare_x(prepared + i * stride, values + i * k, k);
-        const qz_matmul_job job = {
-            .w = codes,
-            .w_row_stride = k * formats[which].bits / 8,
-            .scales = scales_of(groups * 4, 4),
-            .group_size = GROUP,
-            .rows = rows,
-            .columns = k,
-            .x = prepared,
-            .x_stride = stride,
-            .m = m,
-            .y = results,
-            .y_stride = rows,
-        };
-        CALLGRIND_ZERO_STATS;
-        kernel->multiply(&job);
-        dump(name, rows * groups * m);
+        count_multiply(name, kernel->multiply, job_of(formats[which].bits, rows, k, m, prepared, stride));
     }
 }
 
@@ -91,22 +95,25 @@ static void count_matmul_n(ptrdiff_t m) {
     char name[64];
     snprintf(name, sizeof name, "matmul_n_4_digits_3_m_%td", m);
     for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
-        const qz_matmul_job job = {
-            .w = codes,
-            .w_row_stride = GROUP * 4 / 8,
-            .scales = scales_of(4, 4),
-            .group_size = GROUP,
-            .rows = k,
-            .columns = GROUP,
-            .x = (const char *)values,
-            .x_stride = k * 4,
-            .m = m,
-            .y = results,
-            .y_stride = QZ_MAX_GROUP,
-        };
-        CALLGRIND_ZERO_STATS;
-        format->matmul_n[2](&job);
-        dump(name, k * m);
+        count_multiply(name, format->matmul_n[2], job_of(4, k, GROUP, m, values, k * 4));
+    }
+}
+
+/* The float class, which takes k in panels where it decodes weights first. */
+static void count_float(ptrdiff_t m) {
+    const qz_float_kernels *plain = &kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64)->plain;
+    char name[64];
+    for (ptrdiff_t k = 1024; k <= 2048 && m == 1; k *= 2) {
+        plain->prepare((float *)prepared, values, k, GROUP);
+        count_multiply("float_t_4_m_1", plain->decode_t, job_of(4, QZ_FLOAT_OUTPUTS, k, m, prepared, 0));
+    }
+    snprintf(name, sizeof name, "float_t_4_m_%td", m);
+    for (ptrdiff_t k = QZ_FLOAT_PANEL_T / 2; k <= QZ_FLOAT_PANEL_T && m > 1; k *= 2) {
+        count_multiply(name, plain->prefill_t, job_of(4, QZ_FLOAT_OUTPUTS, k, m, values, k * 4));
+    }
+    snprintf(name, sizeof name, "float_n_4_m_%td", m);
+    for (ptrdiff_t k = QZ_FLOAT_PANEL_N / 2; k <= QZ_FLOAT_PANEL_N; k *= 2) {
+        count_multiply(name, plain->matmul_n, job_of(4, k, QZ_FLOAT_OUTPUTS_N, m, values, k * 4));
     }
 }
 
@@ -184,6 +191,8 @@ int main(int arguments, char **argument) {
     count_matmul_t(FORMAT_OF_4, 3, MOST_M);
     count_matmul_n(1);
     count_matmul_n(32);
+    count_float(1);
+    count_float(MOST_M);
     count_prepare_x();
     count_quantize(QZ_PROFILE_METAL, QZ_F32, "quantize_4");
     count_quantize(QZ_PROFILE_METAL, QZ_F16, "quantize_4_f16");

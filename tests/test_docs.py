@@ -1,8 +1,9 @@
 """Documentation that runs, and says of everything public what it takes, returns and raises."""
 
 import doctest
-import importlib
+import importlib.util
 import inspect
+import operator
 import os
 import pkgutil
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import quantization as q
+import quantization.mlx
 from conftest import SMALL
 from quantization import _C
 
@@ -23,6 +25,7 @@ MODULES = ["quantization"] + [
 ]
 PUBLIC = [name for name in q.__all__ if not name.startswith("__")]
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(q, name))]
+FUNCTIONS += [f"mlx.{name}" for name in quantization.mlx.__all__]
 CLASSES = [name for name in PUBLIC if inspect.isclass(getattr(q, name))]
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
@@ -30,6 +33,8 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_docstrings(name):
     module = importlib.import_module(name)
+    if name in ("quantization._checkpoint", "quantization._save"):
+        pytest.importorskip("safetensors", reason="its examples read and write files")
     np.set_printoptions()  # examples assume the default
     assert doctest.testmod(module, optionflags=FLAGS).failed == 0
 
@@ -38,19 +43,23 @@ def blocks_of(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+
+
 @pytest.mark.skipif(SMALL, reason="the same on every CPU")
-def test_examples_of_the_readme(tmp_path, monkeypatch):
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("README.md is not beside the tests")
+@pytest.mark.skipif(not PAGES, reason="README.md is not beside the tests")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_of_pages(page, tmp_path, monkeypatch):
+    """Every session of a page (pycon), whose names last to its end."""
     monkeypatch.chdir(tmp_path)
     names, runner, parser = {}, doctest.DocTestRunner(optionflags=FLAGS), doctest.DocTestParser()
-    for i, block in enumerate(blocks_of(readme.read_text(encoding="utf-8"), "python")):
-        if ">>>" in block:
-            runner.run(parser.get_doctest(block, names, f"README block {i}", str(readme), 0), clear_globs=False)
-        else:
-            exec(compile(block, f"README block {i}", "exec"), names)
-    assert runner.failures == 0
+    for i, block in enumerate(blocks_of(page.read_text(encoding="utf-8"), "pycon")):
+        if "q.open(" in block and importlib.util.find_spec("safetensors") is None:
+            continue
+        session = parser.get_doctest(block, names, f"{page.name} session {i}", str(page), 0)
+        runner.run(session, clear_globs=False)
+        names = session.globs
+    assert runner.tries > 0 and runner.failures == 0
 
 
 def sections(text):
@@ -74,7 +83,7 @@ def documented_names(body):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_documented(name):
-    function = getattr(q, name)
+    function = operator.attrgetter(name)(q)
     found = sections(function.__doc__)
     first = inspect.cleandoc(function.__doc__).splitlines()[0]
     assert first.endswith(".") or first.endswith(":") or len(inspect.cleandoc(function.__doc__).split("\n\n")) > 1
@@ -108,6 +117,7 @@ def test_classes_are_documented(name):
 
 def test_everything_public_is_there_and_sorted():
     assert sorted(q.__all__) == q.__all__
+    assert sorted(quantization.mlx.__all__) == quantization.mlx.__all__
     for name in PUBLIC:
         assert getattr(q, name).__doc__
 
@@ -144,5 +154,6 @@ def test_importing_is_enough_with_numpy_alone():
         text=True,
     )
     loaded = {name.split(".")[0] for name in done.stdout.split()}
-    optional = {"ml_dtypes", "safetensors", "tokenizers", "tqdm", "matplotlib", "mlx", "torch", "jax", "hypothesis"}
+    optional = {"ml_dtypes", "safetensors", "gguf", "tokenizers", "tqdm", "matplotlib", "mlx", "torch", "jax"}
+    optional.add("hypothesis")
     assert not loaded & optional

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import _text
-from . import ceilings, elementwise, machine, ours, peers, scratch
+from . import ceilings, elementwise, gather, machine, ours, peers, scratch
 from .clock import LEAST_SHARE
 from .gates import Gate, Product, verdict
 from .matmuls import READ_BOUND, cached_weights, figure_of
@@ -121,6 +121,26 @@ def mlx(gate: Gate, isa: str, effort: Effort) -> Measurement:
     return _by_peer(gate, isa, effort, "MLX")
 
 
+def _experts(gate: Gate) -> gather.Experts:
+    product = _product(gate)
+    return gather.Experts(product.shape, product.bits, product.m, product.variant)
+
+
+def gather_roof(gate: Gate, isa: str, effort: Effort) -> Measurement:
+    """Divide by reading the chosen experts, or by the FMA peak."""
+    experts = _experts(gate)
+    ceiling, amount = experts.ceiling(isa, gate.threads)
+    with settings(isa, gate.threads):
+        return measure(Work(experts.gathered(), amount), ceiling, effort)
+
+
+def gather_calls(gate: Gate, isa: str, effort: Effort) -> Measurement:
+    """Divide the time of a call for each chosen expert by that of one for all."""
+    experts = _experts(gate)
+    with settings(isa, gate.threads):
+        return measure(Work(experts.gathered(), 1.0), against("a call for each", experts.separate()), effort)
+
+
 def _fake_quantize(gate: Gate, isa: str, effort: Effort, cached: bool) -> Measurement:
     case = ours.fake_quantizing(elementwise.in_cache() if cached else elementwise.large(), cached)
     with settings(isa, gate.threads):
@@ -158,6 +178,8 @@ FIGURES: dict[str, Callable[[Gate, str, Effort], Measurement]] = {
     "microseconds": microseconds,
     "blas": blas,
     "mlx": mlx,
+    "gather_roof": gather_roof,
+    "gather_calls": gather_calls,
     "fake_quantize_memory": fake_quantize_memory,
     "fake_quantize_cache": fake_quantize_cache,
     "scratch": scratch_a_thread,

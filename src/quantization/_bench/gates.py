@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .ours import BF16, EXACT, F16, FLOAT, INT8, Variant
-from .shapes import Shape
+from .shapes import MODELS, Shape
 
 SQUARE, LONG = Shape(4096, 4096), Shape(4096, 14336)
 
@@ -108,6 +108,16 @@ def _prefill() -> Iterator[Gate]:
         yield Gate(f"prefill M=128, {EXACT}, 2 threads / 1", "scaling", isa, 2, Product(128), *asked)
 
 
+def _gather() -> Iterator[Gate]:
+    """One row of x and 8 of 64 experts: by reading those, and by the time of a call for each of them."""
+    product = Product(shape=MODELS["olmoe-1b-7b-expert"][0], op="affine_gather_qmm_rhs")
+    for isa, must, stretch in (("avx512", 0.80, 0.90), ("avx2", 0.45, 0.52)):
+        for threads in (1, 2):
+            name = f"gather 8 of 64 experts 1024x2048, {EXACT}"
+            yield Gate(name, "gather_roof", isa, threads, product, must, stretch)
+            yield Gate(f"{name}, 8 calls of affine_qmv / one", "gather_calls", isa, threads, product, 0.97, 1.03)
+
+
 def _memory() -> Iterator[Gate]:
     """Memory that products take beyond their arguments, each way through them: no dequantized matrix is among it.
 
@@ -115,7 +125,7 @@ def _memory() -> Iterator[Gate]:
     """
     for m, variant, op in ((1, EXACT, "affine_qmv"), (1, EXACT, "affine_qvm"), (512, EXACT, "affine_qmm_t"),
                            (512, EXACT, "affine_qmm_n"), (512, BF16, "affine_qmm_t"), (512, INT8, "affine_qmm_t"),
-                           (512, FLOAT, "affine_qmm_t")):  # fmt: skip
+                           (512, FLOAT, "affine_qmm_t"), (512, EXACT, "affine_gather_qmm_rhs")):  # fmt: skip
         product = Product(m, 4, variant, op=op)
         planes = (4 if variant == FLOAT else variant.planes) * m * product.shape.k / 2**20
         for threads in (1, 2):
@@ -136,7 +146,7 @@ def _others() -> Iterator[Gate]:
         yield Gate(name, f"call_{variant.dtype}", "", 1, None, must, None, True, variant.accuracy)
 
 
-GATES: tuple[Gate, ...] = (*_decode(), *_few(), *_prefill(), *_others(), *_memory())
+GATES: tuple[Gate, ...] = (*_decode(), *_few(), *_prefill(), *_gather(), *_others(), *_memory())
 VERDICTS = ("met", "missed", "no limit", "not run")
 
 

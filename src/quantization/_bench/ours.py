@@ -54,6 +54,7 @@ KERNELS: dict[str, Any] = {
     "affine_qvm": q.AffineQvm,
     "affine_qmm_t": q.AffineQmmT,
     "affine_qmm_n": q.AffineQmmN,
+    "affine_gather_qmm_rhs": q.AffineGatherQmmRhs,
 }
 
 

@@ -14,14 +14,15 @@ from typing import Any, TextIO
 
 from .. import _text, get_num_threads
 from .._extras import require
-from . import ceilings, elementwise, figures, machine, matmuls, plot, summary
+from . import ceilings, elementwise, figures, gather, machine, matmuls, plot, summary
 from . import shapes as known
 from .gates import GATES, VERDICTS, Gate
 from .rows import Row, as_json, table, write_json
 from .sampling import FULL, QUICK, Effort, Work, measure
 
-TABLES = ("matmul", "elementwise", "calls")
+TABLES = ("matmul", "gather", "elementwise", "calls")
 SUMMARY_TITLE = "products in short"
+GATHER_TITLE = "products with experts"
 ELEMENTWISE_TITLE = "quantize, dequantize, convert, fake quantize"
 WIDTHS = (2, 3, 4, 5, 6, 8)
 LEGEND = """\
@@ -155,6 +156,10 @@ def tables(out: TextIO, options: Options) -> list[Row]:
     if "elementwise" in options.tables:
         found = _watched("elementwise", elementwise.rows(options, options.effort.part(0.25)))
         _print_table(out, ELEMENTWISE_TITLE, found)
+        rows += found
+    if "gather" in options.tables:
+        found = _watched("experts", gather.rows(options, options.effort.part(0.25)))
+        _print_table(out, GATHER_TITLE, found)
         rows += found
     if "matmul" in options.tables:
         found = _watched("products", matmuls.rows(options, options.effort))

@@ -45,7 +45,7 @@ def growth(call: Callable[[], object]) -> int:
 
 def _measure(isa: str, threads: int, product: Product) -> int:
     n, k = product.shape
-    stored = (n, k) if product.operation in ("affine_qmv", "affine_qmm_t") else (k, n)
+    stored = (k, n) if product.operation in ("affine_qvm", "affine_qmm_n") else (n, k)
     scale = np.dtype(np.uint16 if product.variant.dtype == "bfloat16" else np.float32)
     codes = np.full((stored[0], stored[1] // 32 * product.bits), 0x76543210, np.uint32)
     scales, biases = (np.full((stored[0], stored[1] // 64), 1, scale) for _ in range(2))
@@ -55,8 +55,12 @@ def _measure(isa: str, threads: int, product: Product) -> int:
     with settings(isa, threads):
         multiply = functools.partial(KERNELS[product.operation](64, product.bits), **options)
         small = [array[:64, : 64 * array.shape[1] // stored[1]] for array in (codes, scales, biases)]
+        given = [codes, scales, biases]
+        if product.operation == "affine_gather_qmm_rhs":  # each row chooses one of 8, in turn
+            small = [*(array[None] for array in small), np.zeros(1, np.int64)]
+            given = [*(np.stack([array] * 8) for array in given), np.arange(product.m) % 8]
         multiply(x[:1, :64], *small)  # the kernel's code becomes resident
-        return growth(lambda: multiply(x, codes, scales, biases, out=out))
+        return growth(lambda: multiply(x, *given, out=out))
 
 
 def take(isa: str, threads: int, product: Product) -> int:

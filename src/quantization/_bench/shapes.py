@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[Shape, ...]] = {
     "llama-3.1-8b": _layers(4096, 4096, 1024, 14336, 128256),
     "qwen3-32b": _layers(5120, 8192, 1024, 25600),
     "gpt-oss-20b-expert": (Shape(5760, 2880), Shape(2880, 2880)),
+    "olmoe-1b-7b-expert": (Shape(1024, 2048), Shape(2048, 1024)),
     "odd": (Shape(1, 2880), Shape(7, 64), Shape(192, 2880), Shape(4100, 2880)),
 }
 QUICK_ROWS = (1, 4, 16, 128)

@@ -52,6 +52,8 @@ class Weights:
     scale_dtype : str, default "float16"
     most : int, optional
         At most so many copies, whether or not a cache holds them.
+    multiple : int, default 1
+        Of which the number of copies is to be a multiple, if it is not `most`.
 
     Attributes
     ----------
@@ -71,6 +73,7 @@ class Weights:
         cold: bool = True,
         scale_dtype: str = "float16",
         most: int | None = None,
+        multiple: int = 1,
     ) -> None:
         self.shape, self.bits, self.group_size, self.transpose = shape, bits, group_size, transpose
         self.scale_dtype = scale_dtype
@@ -80,6 +83,7 @@ class Weights:
         self._slot = -(-sum(sizes) // ALIGNMENT) * ALIGNMENT
         limit = min(CACHE_MULTIPLE * machine.last_level_cache(), machine.memory() // 4)
         enough = max(2, -(-limit // self._slot)) if cold else 1
+        enough = -(-enough // multiple) * multiple
         self.copies = min(enough, most or enough)
         self.memory = "hot" if self.copies == 1 else "cold" if self.copies == enough else f"{self.copies} copies"
         self._arena = aligned(self._slot * self.copies)
@@ -107,9 +111,18 @@ class Weights:
 
     def spans(self, count: int) -> list[np.ndarray]:
         """Return the memory of the next copies, for a probe to read."""
-        return [
-            self._arena[copy * self._slot : (copy + 1) * self._slot] for copy in (self._take() for _ in range(count))
-        ]
+        return [self.span(self._take()) for _ in range(count)]
+
+    def stacked(self, first: int, count: int) -> tuple[np.ndarray, ...]:
+        """Return codes, scales and biases of some copies in arrays whose first axis counts them."""
+        return tuple(
+            np.lib.stride_tricks.as_strided(part, (count, *part.shape), (self._slot, *part.strides))
+            for part in self.parts[first]
+        )
+
+    def span(self, copy: int) -> np.ndarray:
+        """Return the memory of a copy, for a probe to read."""
+        return self._arena[copy * self._slot : (copy + 1) * self._slot]
 
     def distinct(self, copy: int) -> tuple[np.ndarray, ...]:
         """Return a copy whose content differs from every other's: some libraries hold equal ones once."""
