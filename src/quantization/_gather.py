@@ -5,30 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from . import _C
-from ._kernel import Kernel, called_by_core
+from ._kernel import called_by_core
+from ._matmul import AffineProduct
 
 __all__ = ["AffineGatherQmm", "AffineGatherQmmRhs", "affine_gather_qmm", "affine_gather_qmm_rhs"]
 
 
-class AffineGather(Kernel):
-    """What the kernels of gathered products share: their group size and bits.
-
-    Parameters
-    ----------
-    group_size, bits : int, optional
-        What its calls use unless they say otherwise; left out, they are inferred from the shapes.
-    """
-
-    def __init__(self, group_size: int | None = None, bits: int | None = None) -> None:
-        super().__init__()
-        self.group_size, self.bits = group_size, bits
-
-    def _packing(self, group_size: int | None, bits: int | None) -> tuple[int | None, int | None]:
-        return self.group_size if group_size is None else group_size, self.bits if bits is None else bits
-
-
 @called_by_core
-class AffineGatherQmm(AffineGather):
+class AffineGatherQmm(AffineProduct):
     """`affine_gather_qmm` as a kernel that is compiled once; parameters as `AffineQmmT`."""
 
     _op = "affine_gather_qmm"
@@ -71,7 +55,7 @@ class AffineGatherQmm(AffineGather):
 
 
 @called_by_core
-class AffineGatherQmmRhs(AffineGather):
+class AffineGatherQmmRhs(AffineProduct):
     """`affine_gather_qmm_rhs` as a kernel that is compiled once; parameters as `AffineQmmT`."""
 
     _op = "affine_gather_qmm_rhs"

@@ -19,8 +19,8 @@ __all__ = [
 ]
 
 
-class _AffineMatmul(Kernel):
-    """A product with packed weights, compiled once.
+class AffineProduct(Kernel):
+    """A product with packed weights, gathered ones among them: its group size and bits.
 
     Parameters
     ----------
@@ -32,11 +32,16 @@ class _AffineMatmul(Kernel):
         super().__init__()
         self.group_size, self.bits = group_size, bits
 
+    def _packing(self, group_size: int | None, bits: int | None) -> tuple[int | None, int | None]:
+        return self.group_size if group_size is None else group_size, self.bits if bits is None else bits
+
+
+class _AffineMatmul(AffineProduct):
+    """What the products of whole arrays share."""
+
     def _multiply(
         self, x, w, scales, biases, output_features, group_size, bits, accumulate, activations, out, input_dtype
     ):
-        group_size = self.group_size if group_size is None else group_size
-        bits = self.bits if bits is None else bits
         return _C.matmul(
             self._plan(),
             x,
@@ -44,8 +49,7 @@ class _AffineMatmul(Kernel):
             scales,
             biases,
             output_features,
-            group_size,
-            bits,
+            *self._packing(group_size, bits),
             accumulate,
             activations,
             out,
