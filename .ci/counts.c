@@ -17,17 +17,30 @@ static const struct {
 } formats[] = {{QZ_FORMAT_affine_2, 2}, {QZ_FORMAT_affine_3, 3}, {QZ_FORMAT_affine_4, 4},
                {QZ_FORMAT_affine_5, 5}, {QZ_FORMAT_affine_6, 6}, {QZ_FORMAT_affine_8, 8}};
 enum { FORMAT_OF_4 = 2 };
+typedef struct small_floats {
+    const char *name;
+    int format, bits;
+    ptrdiff_t group;
+    qz_type scale_type;
+} small_floats;
+static const small_floats fp_formats[] = {{"mxfp4", QZ_FORMAT_mxfp4, 4, 32, QZ_E8M0},
+                                          {"mxfp8", QZ_FORMAT_mxfp8, 8, 32, QZ_E8M0},
+                                          {"nvfp4", QZ_FORMAT_nvfp4, 4, 16, QZ_E4M3}};
 
 static _Alignas(64) uint8_t codes[MOST * QZ_MAX_GROUP + QZ_SPILL];
 static _Alignas(64) float values[MOST_M * MOST], scales[MOST], biases[MOST], results[MOST_M * QZ_MAX_GROUP];
 static _Alignas(64) char prepared[MOST_M * MOST * 16], stored[MOST * 4];
 
 static uint16_t halves[MOST];
+static uint8_t scale_bytes[2][MOST * QZ_MAX_GROUP]; /* E8M0, E4M3 */
 
 /* The same bytes on every machine. */
 static void fill(void) {
     uint32_t state = 1;
-    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)((state = state * 1664525u + 1013904223u) >> 24);
+    for (size_t i = 0; i < sizeof codes; i++) {
+        codes[i] = (uint8_t)((state = state * 1664525u + 1013904223u) >> 24);
+        if ((codes[i] & 0x7f) == 0x7f) codes[i]--; /* NaN of FP8, which is rare but in random bytes */
+    }
     for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
         state = state * 1664525u + 1013904223u;
         values[i] = (float)(int32_t)state * 0x1p-31f;
@@ -36,6 +49,10 @@ static void fill(void) {
         scales[i] = 0.001f * (float)(1 + i % 7);
         biases[i] = -8.0f * scales[i];
         halves[i] = (uint16_t)(0x3000 + i); /* 2^-3 and more */
+    }
+    for (int i = 0; i < MOST * QZ_MAX_GROUP; i++) {
+        scale_bytes[0][i] = (uint8_t)(120 + i % 7);
+        scale_bytes[1][i] = (uint8_t)(0x30 + i % 7);
     }
 }
 
@@ -96,6 +113,71 @@ static void count_matmul_n(ptrdiff_t m) {
     snprintf(name, sizeof name, "matmul_n_4_digits_3_m_%td", m);
     for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
         count_multiply(name, format->matmul_n[2], job_of(4, k, GROUP, m, values, k * 4));
+    }
+}
+
+static qz_matmul_job fp_job(const small_floats *f, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t m, const void *x,
+                            ptrdiff_t x_stride) {
+    qz_matmul_job job = job_of(f->bits, rows, columns, m, x, x_stride);
+    job.scales = (qz_scales){.scales = (const char *)scale_bytes[f->scale_type == QZ_E4M3],
+                             .scale_row_stride = columns / f->group,
+                             .scale_group_stride = 1,
+                             .scale_type = f->scale_type};
+    job.group_size = f->group;
+    return job;
+}
+
+static void count_fp_matmul(const small_floats *f, ptrdiff_t m) {
+    const qz_format_kernels *format = kernels->format(f->format, 0);
+    const qz_matmul_kernel *kernel = m == 1 ? &format->decode_t[2] : &format->prefill_t[2];
+    char name[64];
+    snprintf(name, sizeof name, "matmul_t_%s_m_%td", f->name, m);
+    for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
+        const ptrdiff_t stride = (ptrdiff_t)kernel->prepared_size(k);
+        for (ptrdiff_t i = 0; i < m; i++) kernel->prepare_x(prepared + i * stride, values + i * k, k);
+        count_multiply(name, kernel->multiply,
+                       fp_job(f, m == 1 ? QZ_TILE_ROWS : QZ_PREFILL_ROWS, k, m, prepared, stride));
+    }
+    snprintf(name, sizeof name, "matmul_n_%s_m_%td", f->name, m);
+    for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
+        count_multiply(name, format->matmul_n[2], fp_job(f, k, GROUP, m, values, k * 4));
+    }
+}
+
+static void count_fp_codec(const small_floats *f) {
+    char name[64];
+    snprintf(name, sizeof name, "quantize_%s", f->name);
+    for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
+        const qz_quantize_job job = {
+            .w = (const char *)values,
+            .w_type = QZ_F32,
+            .next = (const char *)values,
+            .step = 4,
+            .groups = count / f->group,
+            .group_size = f->group,
+            .packed = (uint8_t *)prepared,
+            .scale_codes = (uint8_t *)stored,
+            .encode_factor = 1.0f,
+        };
+        CALLGRIND_ZERO_STATS;
+        kernels->format(f->format, 0)->quantize[QZ_PROFILE_METAL](&job);
+        dump(name, count / GROUP);
+    }
+    snprintf(name, sizeof name, "dequantize_%s", f->name);
+    for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
+        const qz_dequantize_job job = {
+            .packed = codes,
+            .groups = count / f->group,
+            .group_size = f->group,
+            .scale_codes = scale_bytes[f->scale_type == QZ_E4M3],
+            .decode_factor = 1.0f,
+            .round_products_to = QZ_F32,
+            .w = stored,
+            .w_type = QZ_F32,
+        };
+        CALLGRIND_ZERO_STATS;
+        kernels->format(f->format, 0)->dequantize(&job);
+        dump(name, count / GROUP);
     }
 }
 
@@ -198,6 +280,11 @@ int main(int arguments, char **argument) {
     count_quantize(QZ_PROFILE_METAL, QZ_F16, "quantize_4_f16");
     count_dequantize(QZ_F32, "dequantize_4_f32");
     count_dequantize(QZ_F16, "dequantize_4_f16");
+    for (int which = 0; which < (int)(sizeof fp_formats / sizeof *fp_formats); which++) {
+        count_fp_matmul(&fp_formats[which], 1);
+        count_fp_matmul(&fp_formats[which], 32);
+        count_fp_codec(&fp_formats[which]);
+    }
     count_elementwise();
     return 0;
 }

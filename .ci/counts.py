@@ -23,6 +23,9 @@ LOOPS = {
         for bits in (2, 3, 4, 5, 6, 8)
         for digits in (1, 2, 3)
     },
+    **{f"matmul_t_{mode}": (f"decode_multiply_{mode}_0_3", "vpdpbusd") for mode in ("mxfp4", "nvfp4")},
+    "matmul_t_mxfp8": ("decode_t_fp8", "vcvtph2ps"),
+    **{f"quantize_{mode}": (f"quantize_metal_{mode}", "zmm") for mode in ("mxfp4", "mxfp8", "nvfp4")},
     "prefill_t_4_digits_3": ("prefill_multiply_affine_4_1_3", "vpdpbusd"),
     "matmul_n_4_digits_3": ("matmul_n_affine_4_3", "vpdpbusd"),
     "quantize_4": ("quantize_metal_affine_4", "zmm"),

@@ -21,6 +21,7 @@ from quantization._bench import (
     clock,
     elementwise,
     figures,
+    formats,
     gates,
     gather,
     machine,
@@ -32,6 +33,7 @@ from quantization._bench import (
     sampling,
     scratch,
     shapes,
+    stored,
     summary,
 )
 from quantization._bench import rows as table_rows
@@ -171,10 +173,12 @@ def test_copies_take_turns_and_share_no_memory():
     assert Weights(SMALL_SHAPE, 4, cold=False).copies == 1
 
 
+@pytest.mark.parametrize("form", [4, *stored.SMALL_FLOATS])
 @pytest.mark.parametrize("transpose", [True, False])
-def test_errors_are_those_of_float64(transpose):
+def test_errors_are_those_of_float64(transpose, form):
     """Rounding to float32 moves each element by at most 2^-24 of itself, and so the norm by no more."""
-    weights = Weights(SMALL_SHAPE, 4, transpose=transpose)
+    weights = Weights(SMALL_SHAPE, form, transpose=transpose)
+    assert weights.nbytes * 8 == weights.format.bits_per_weight * 128 * 64
     dense = weights.dense().astype(np.float64)
     exact = as_float64(weights.x(3, "float32"), "float32") @ (dense.T if transpose else dense)
     assert weights.error(exact.astype(np.float32), "float32", "float32") <= 2.0**-24
@@ -413,8 +417,15 @@ def test_scratch_of_a_product():
     assert scratch.take(ISAS[0], 1, product) >= 3 * (1 << 20) - 64 * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("op", ours.KERNELS)
-@pytest.mark.parametrize("variant", [ours.EXACT, ours.BF16, ours.INT8])
+@pytest.mark.parametrize(
+    ("op", "variant"),
+    [
+        (op, variant)
+        for op in ours.KERNELS
+        for variant in (ours.EXACT, ours.BF16, ours.INT8)
+        if variant != ours.INT8 or "mxfp8" not in op
+    ],
+)
 def test_scratch_is_measured_on_every_way(op, variant):
     assert scratch._product_of(json.dumps(gates.Product(3, 4, variant, SMALL_SHAPE, op))).variant == variant
     assert scratch._measure(ISAS[0], 1, gates.Product(3, 4, variant, SMALL_SHAPE, op)) >= 0
@@ -482,6 +493,28 @@ def test_experts_by_one_call_and_by_many(m, variant):
         assert ceiling.run(2) == 2 * 8 * len(by_one.weights.span(0))
 
 
+@pytest.mark.parametrize("mode", stored.SMALL_FLOATS)
+def test_products_of_small_floats(mode):
+    """Of every kind. A product with other weights or another x would be wrong by its own size."""
+    for m in (1, 3):
+        for op, variant, cold in matmuls.our_cases(m, SMALL_SHAPE, mode, True):
+            row = matmuls.our_row(op, SMALL_SHAPE, mode, m, variant, ISAS[0], 1, cold, HASTE)
+            assert row.note == "" and row.mode == row.stored == mode and row.ratio > 0
+            assert row.error < 0.5
+
+
+def test_table_of_formats(monkeypatch):
+    monkeypatch.setattr(formats, "SHAPE", SMALL_SHAPE)
+    found = list(formats.rows(run.Options(isa=ISAS[0]), HASTE))
+    cells = [[cell.strip() for cell in line.split("|")] for line in formats.table(found).splitlines()]
+    assert cells[0] == list(formats.HEADER)
+    assert [line[0] for line in cells[2:]] == [str(stored.format_of(form)) for form in stored.EVERY]
+    assert {line[0]: line[1] for line in cells[2:]}["nvfp4"] == "4.5"
+    assert all(float(line[4]) > 0 and float(line[6]) >= 0 and float(line[7]) >= 0 for line in cells[2:])
+    left_out = formats.table([row.with_note("time is up") for row in found])
+    assert left_out.count("time is up") == len(stored.EVERY)
+
+
 def test_short_table_takes_the_fastest_other():
     """Of the same class, matrix, M and threads, and by what was sampled in turn rather than by the times."""
     own = table_rows.Row("matmul", "quantization", "affine_qmv float32", "exact f32", "avx2", 1, "64x64", 4, 1, "cold")
@@ -507,11 +540,16 @@ def test_full_measures_every_shape_and_width():
 
     everything = matrices("--full")
     assert {shape for shape, _ in everything} == {shape for model in shapes.MODELS.values() for shape in model}
-    assert len(set(everything)) == len(everything) and {bits for _, bits in everything} == set(run.WIDTHS)
+    assert len(set(everything)) == len(everything) and {form for _, form in everything} == set(stored.EVERY)
     assert matrices() == ((Shape(4096, 4096), 4),)
     assert matrices("--shapes", "7x64,64x64", "--bits", "3,4") == tuple(
         (shape, bits) for shape in (Shape(7, 64), Shape(64, 64)) for bits in (3, 4)
     )
+    assert matrices("--formats", "affine_3,nvfp4,affine_3") == ((Shape(4096, 4096), 3), (Shape(4096, 4096), "nvfp4"))
+    assert len(matrices("--formats", "all")) == len(stored.EVERY)
+    for wrong in (("--formats", "affine_1"), ("--formats", "mxfp4", "--bits", "4")):
+        with pytest.raises(ValueError, match="bench: "):
+            matrices(*wrong)
 
 
 def test_time_is_bounded(capsys, monkeypatch):
@@ -576,11 +614,19 @@ def cancellation(weights, m, dtype):
     return np.linalg.norm(np.abs(x) @ np.abs(dense).T) / np.linalg.norm(x @ dense.T)
 
 
-@pytest.mark.parametrize("peer", [peer for peer in peers.MATMUL if peer.accuracy in ROUNDOFFS], ids=lambda p: p.name)
-def test_peers_multiply_by_the_same_matrix(peer):
+@pytest.mark.parametrize(
+    ("peer", "form"),
+    [
+        pytest.param(peer, form, id=f"{peer.name} {form}")
+        for peer in peers.MATMUL
+        if peer.accuracy in ROUNDOFFS
+        for form in peer.formats
+    ],
+)
+def test_peers_multiply_by_the_same_matrix(peer, form):
     if why := peer.missing():
         pytest.skip(why)
-    weights = Weights(SMALL_SHAPE, 4)
+    weights = Weights(SMALL_SHAPE, form)
     weights.copies = 2
     try:
         prepared = peer.prepare(weights, 1)

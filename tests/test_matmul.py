@@ -1003,7 +1003,7 @@ def test_short_campaign(capsys):
 
 
 def test_short_campaign_of_long_rows(capsys):
-    formats = ["affine_8"] if SMALL else ["affine_3", "affine_8"]
+    formats = ["affine_8", "mxfp8"] if SMALL else ["affine_3", "affine_8", "mxfp8", "nvfp4"]
     campaign("long_rows").main(["--length=4096", *(f"--format={name}" for name in formats)])
     assert capsys.readouterr().out.rstrip().endswith("identical, all within the bound")
 
@@ -1018,11 +1018,14 @@ DIGESTS = {
     "affine_6": "69497a6e4a4d2431",
     "affine_7": "c18167e64d6953b0",
     "affine_8": "a928d93311b00fe9",
+    "mxfp4": "7fed8db2790d2bfb",
+    "mxfp8": "2ed396bb70137d66",
+    "nvfp4": "ba88b6b97a9c56d7",
 }
 
 
 def test_results_are_those_of_every_machine(capsys):
-    names = ["affine_3", "affine_8"] if SMALL else list(DIGESTS)
+    names = ["affine_3", "affine_8", "mxfp8", "nvfp4"] if SMALL else list(DIGESTS)
     arguments = [f"--format={name}" for name in names]
     assert campaign("same_bits_grid").main(["--quick", *arguments]) == {name: DIGESTS[name] for name in names}
     assert capsys.readouterr().out.rstrip().endswith("identical")

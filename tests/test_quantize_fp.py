@@ -7,6 +7,7 @@ import layouts
 import quantization as q
 import reference as ref
 import reference_fp as fp
+from campaigns import fp_decode_exhaustive
 from conftest import SMALL
 
 F32 = np.float32
@@ -261,6 +262,16 @@ def test_dequantize_with_global_scale_equals_mlx(isa, rng):
         theirs = mx.dequantize(mx.array(words), mx.array(scales), mode="nvfp4", global_scale=mx.array(scale))
         ours = q.nvfp4_dequantize(words, scales, global_scale=scale, profile="cpu")
         assert_floats(ours, np.array(theirs.astype(mx.float32)), "float32")
+
+
+@every_kind
+@every_mode
+def test_every_code_with_every_scale_equals_ml_dtypes(isa, mode, kind):
+    """What campaigns/fp_decode_exhaustive.py does, which see."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is the oracle here")
+    row = next(row for row in q._C.formats() if row["mode"] == mode)
+    weights = max(2 ** fp.BITS[mode], fp.GROUP_SIZES[mode]) * 256
+    assert fp_decode_exhaustive.check(row, kind, isa, ml_dtypes, None) == [weights, 0]
 
 
 def test_scales_of_ml_dtypes(rng):

@@ -1,25 +1,24 @@
 /* Small floats: a sign, an exponent, `mantissa` bits of fraction and no infinity, the largest codes being numbers. As
  * float32 has them all, codes are a float32's upper bits but for the exponent's bias, and subnormal numbers.
  *
- * Those are multiples of 2^(1 - bias - mantissa): adding a float whose ulp that is rounds to them, to nearest even, and
- * leaves the code in the low bits. All others are rounded by the same rule by carrying into the bits that stay. */
+ * In [2^e, 2^(e+1)] they are multiples of 2^(e - mantissa), and so they are below the least normal exponent with that
+ * as e: adding a float whose ulp that is rounds to them, to nearest even, and leaves the multiple in the low bits. */
 #ifndef QZ_ELEMENTS_MINIFLOAT_H
 #define QZ_ELEMENTS_MINIFLOAT_H
 
 /* The code nearest to v, ties to the even one; whatever lies beyond `largest`, infinities and NaN included, becomes
  * that. Signs stay, those of zeros too. `bits` counts the sign. */
 QZ_INLINE v_i32 encode_minifloat(v_f32 v, int bits, int mantissa, int bias, int largest) {
-    const int shift = 23 - mantissa;
-    const v_i32 magnitude = and_i32(bits_of_f32(v), set1_i32(0x7fffffff));
-    const v_i32 sign = shl_i32(shr_u32(bits_of_f32(v), 31), bits - 1);
-    const v_i32 even_up = and_i32(shr_u32(magnitude, shift), set1_i32(1));
-    const v_i32 carried = add_i32(add_i32(magnitude, set1_i32((1 << (shift - 1)) - 1)), even_up);
-    const v_i32 normal = sub_i32(shr_u32(carried, shift), set1_i32((127 - bias) << mantissa));
-    const v_i32 magic = set1_i32((127 + 24 - bias - mantissa) << 23);
-    const v_i32 subnormal = sub_i32(bits_of_f32(add_f32(f32_of_bits(magnitude), f32_of_bits(magic))), magic);
-    v_i32 code = select_i32(greater_i32(set1_i32((128 - bias) << 23), magnitude), subnormal, normal);
-    code = select_i32(greater_i32(code, set1_i32(largest)), set1_i32(largest), code);
-    return or_i32(code, sign);
+    const int shift = 23 - mantissa, least = (128 - bias) << 23;
+    const v_i32 limit = set1_i32((largest << shift) + ((127 - bias) << 23));
+    const v_f32 any = f32_of_bits(and_i32(bits_of_f32(v), set1_i32(0x7fffffff)));
+    const v_f32 magnitude = min_f32(any, f32_of_bits(limit)); /* NaN leaves the second operand */
+    const v_i32 sign = and_i32(shr_u32(bits_of_f32(v), 32 - bits), set1_i32(1 << (bits - 1)));
+    const v_i32 exponent = and_i32(max_i32(bits_of_f32(magnitude), set1_i32(least)), set1_i32(0x7f800000));
+    const v_i32 magic = add_i32(exponent, set1_i32(shift << 23));
+    const v_i32 multiple = sub_i32(bits_of_f32(add_f32(magnitude, f32_of_bits(magic))), magic);
+    const v_i32 codes_below = sub_i32(shr_u32(exponent, shift), set1_i32(least >> shift));
+    return or_i32(add_i32(multiple, codes_below), sign);
 }
 
 /* Exact. A subnormal code m stands for 2^(1 - bias) * m / 2^mantissa, and its bits here for 2^-bias * (1 + that ratio).

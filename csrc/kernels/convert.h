@@ -83,12 +83,24 @@ QZ_INLINE void load_halves(float *to, const char *from, ptrdiff_t stride, qz_typ
     load_each(to + i, from + i * stride, stride, type, count - i);
 }
 
-/* Scales of bytes. */
+/* Scales of bytes, gathered in the same way. */
+typedef uint8_t few_bytes __attribute__((vector_size(QZ_LANES)));
+
+QZ_INLINE v_f32 scales_of_bytes(const uint8_t *from, qz_type type) {
+    const v_i32 codes = i32_from_u8(from);
+    return type == QZ_E8M0 ? decode_e8m0(codes) : decode_fp8_e4m3(codes);
+}
+
 QZ_INLINE void load_bytes(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
     ptrdiff_t i = 0;
     for (; stride == 1 && i + QZ_LANES <= count; i += QZ_LANES) {
-        const v_i32 codes = i32_from_u8((const uint8_t *)from + i);
-        store_f32(to + i, type == QZ_E8M0 ? decode_e8m0(codes) : decode_fp8_e4m3(codes));
+        store_f32(to + i, scales_of_bytes((const uint8_t *)from + i, type));
+    }
+    for (; i + QZ_LANES <= count; i += QZ_LANES) {
+        few_bytes gathered = {0};
+        QZ_UNROLL
+        for (int j = 0; j < QZ_LANES; j++) gathered[j] = *(const uint8_t *)(from + (i + j) * stride);
+        store_f32(to + i, scales_of_bytes((const uint8_t *)&gathered, type));
     }
     load_each(to + i, from + i * stride, stride, type, count - i);
 }

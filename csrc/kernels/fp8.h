@@ -26,17 +26,25 @@ static void QZ_NAME(to_fp8)(uint8_t *to, const char *from, qz_type type, ptrdiff
     }
 }
 
+enum { QZ_FP8_TOGETHER = 32 };
+
 QZ_INLINE void put_fp8(char *to, ptrdiff_t i, qz_type type, const uint8_t *codes) {
-    const v_f32 low = decode_fp8_e4m3(i32_from_u8(codes)), high = decode_fp8_e4m3(i32_from_u8(codes + QZ_LANES));
-    put_results(to, i, type, low, high, 0);
+    v_f32 v[QZ_FP8_TOGETHER / QZ_LANES];
+    const int odd = any_i32(f32_from_e4m3(v, codes));
+    QZ_UNROLL
+    for (int j = 0; j < QZ_FP8_TOGETHER / QZ_LANES; j++) {
+        v[j] = odd ? decode_fp8_e4m3(i32_from_u8(codes + j * QZ_LANES)) : mul_f32(v[j], set1_f32(256.0f));
+    }
+    QZ_UNROLL
+    for (int j = 0; j < QZ_FP8_TOGETHER / QZ_LANES; j += 2) put_results(to, i + j * QZ_LANES, type, v[j], v[j + 1], 0);
 }
 
 QZ_INLINE void from_fp8_to_type(char *to, const uint8_t *from, ptrdiff_t count, qz_type type) {
     const ptrdiff_t size = type == QZ_F32 ? 4 : 2;
     ptrdiff_t i = 0;
-    uint8_t few[2 * QZ_LANES] = {0};
-    float values[2 * QZ_LANES];
-    for (; i + 2 * QZ_LANES <= count; i += 2 * QZ_LANES) put_fp8(to, i, type, from + i);
+    uint8_t few[QZ_FP8_TOGETHER] = {0};
+    float values[QZ_FP8_TOGETHER];
+    for (; i + QZ_FP8_TOGETHER <= count; i += QZ_FP8_TOGETHER) put_fp8(to, i, type, from + i);
     memcpy(few, from + i, (size_t)(count - i));
     put_fp8((char *)values, 0, type, few);
     memcpy(to + i * size, values, (size_t)((count - i) * size));

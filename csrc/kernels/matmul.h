@@ -17,10 +17,7 @@ QZ_INLINE ptrdiff_t group_of(ptrdiff_t block, int per_group) {
 
 /* QZ_LANES blocks' scales; where a group is two blocks, each serves two. */
 QZ_INLINE v_f32 load_block_scales(const char *from, qz_type type, int per_group, int bits) {
-    if (bits == QZ_FP4 && type != QZ_F32) {
-        const v_i32 codes = i32_from_u8((const uint8_t *)from);
-        return type == QZ_E8M0 ? decode_e8m0(codes) : decode_fp8_e4m3(codes);
-    }
+    if (bits == QZ_FP4 && type != QZ_F32) return scales_of_bytes((const uint8_t *)from, type);
     v_f32 v = type == QZ_F16    ? f32_from_f16((const uint16_t *)from)
               : type == QZ_BF16 ? f32_from_bf16((const uint16_t *)from)
                                 : load_f32((const float *)from);

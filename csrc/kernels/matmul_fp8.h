@@ -4,36 +4,86 @@
  * Few rows of x, y = x Wᵀ: lanes run along k, so that a vector, or some, are the chains of a panel. All else: lanes are
  * outputs, and one chain after the other passes through the panel. */
 
-/* The exponent and the fraction of a code, moved to where float32 has its own, make its number times 2^-120; that of a
- * subnormal code is a subnormal float, and the product undoes it exactly. */
-QZ_INLINE v_f32 weights_fp8(v_i32 codes, v_f32 scale) {
-    const v_i32 magnitude = and_i32(codes, set1_i32(0x7f)), sign = and_i32(shl_i32(codes, 24), set1_i32(INT32_MIN));
-    const v_i32 nan = and_i32(greater_i32(magnitude, set1_i32(0x7e)), set1_i32(0x7fc00000));
-    const v_f32 number = mul_f32(f32_of_bits(or_i32(shl_i32(magnitude, 20), sign)), set1_f32(0x1p120f));
-    return mul_f32(f32_of_bits(or_i32(bits_of_f32(number), nan)), scale);
+/* A group of weights, by `to`: numbers divided by 256 times the scale multiplied by it. That is the weight, exactly as
+ * the definition has it, unless a code is NaN or the greater scale overflows, of which odd tells: the caller then takes
+ * the weights of its panel from put_odd_weights_fp8 instead. */
+enum { QZ_FP8_GROUP = 32, QZ_FP8_VECTORS = QZ_FP8_GROUP / QZ_LANES };
+QZ_INLINE v_i32 decode_group_fp8(v_f32 to[QZ_FP8_VECTORS], const uint8_t *codes, float greater_scale, v_i32 odd) {
+    odd = or_i32(odd, f32_from_e4m3(to, codes));
+    QZ_UNROLL
+    for (int i = 0; i < QZ_FP8_VECTORS; i++) to[i] = mul_f32(to[i], set1_f32(greater_scale));
+    return odd;
+}
+
+/* Scales, 256 times as large; there is room for whole vectors. readable: of how many there are at least. */
+QZ_INLINE v_i32 load_greater_scales(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count,
+                                    ptrdiff_t readable) {
+    const int in_place = stride == 1 && type == QZ_E8M0 && (count + QZ_LANES - 1) / QZ_LANES * QZ_LANES <= readable;
+    v_i32 odd = set1_i32(0);
+    if (!in_place) QZ_NAME(load)(to, from, stride, type, count);
+    for (ptrdiff_t i = 0; i < count; i += QZ_LANES) {
+        const v_f32 scales = in_place ? scales_of_bytes((const uint8_t *)from + i, QZ_E8M0) : load_f32(to + i);
+        const v_f32 greater = mul_f32(scales, set1_f32(256.0f));
+        odd = or_i32(odd, greater_i32(bits_of_f32(greater), set1_i32(0x7f7fffff)));
+        store_f32(to + i, greater);
+    }
+    return odd;
+}
+
+/* `count` groups whose codes and scales stand at strides, each weight by itself. */
+static __attribute__((noinline)) void QZ_NAME(put_odd_weights_fp8)(float *w, ptrdiff_t w_stride, const uint8_t *codes,
+                                                                   ptrdiff_t stride, const char *scales,
+                                                                   ptrdiff_t scale_stride, qz_type type,
+                                                                   ptrdiff_t count) {
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const v_f32 scale = set1_f32(load_one(scales + i * scale_stride, type));
+        for (int j = 0; j < QZ_FP8_GROUP; j += QZ_LANES) {
+            store_f32(w + i * w_stride + j, mul_f32(decode_fp8_e4m3(i32_from_u8(codes + i * stride + j)), scale));
+        }
+    }
 }
 
 /* ---- few rows of x, weights [N, K] ---- */
 
 /* Rows of x that share the decoding of a weight; codes ahead that are asked for. */
-enum { QZ_FP8_SHARING = 8, QZ_FP8_PREFETCH = 4096, QZ_FP8_GROUP = 32 };
+enum { QZ_FP8_SHARING = 8, QZ_FP8_PREFETCH = 4096, QZ_FP8_GROUPS = QZ_FP8_PANEL / QZ_FP8_GROUP };
+
+/* Some k of a weight row: codes, and scales as stored and as they multiply, with room for whole vectors. */
+typedef struct row_fp8 {
+    const uint8_t *codes;
+    const char *stored;
+    float scales[QZ_FP8_GROUPS < QZ_LANES ? QZ_LANES : QZ_FP8_GROUPS];
+} row_fp8;
+
+QZ_INLINE v_i32 find_row_fp8(row_fp8 *row, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t step = from->scale_group_stride, groups = count / QZ_FP8_GROUP;
+    row->codes = job->w + r * job->w_row_stride + first;
+    row->stored = from->scales + r * from->scale_row_stride + first / QZ_FP8_GROUP * step;
+    if (groups % QZ_LANES) memset(row->scales, 0, sizeof row->scales);
+    return load_greater_scales(row->scales, row->stored, step, from->scale_type, groups,
+                               (job->columns - first) / QZ_FP8_GROUP);
+}
+
+static __attribute__((noinline)) void QZ_NAME(decode_odd_row_fp8)(float *w, const row_fp8 *row,
+                                                                  const qz_matmul_job *job, ptrdiff_t count) {
+    QZ_NAME(put_odd_weights_fp8)
+    (w, QZ_FP8_GROUP, row->codes, QZ_FP8_GROUP, row->stored, job->scales.scale_group_stride, job->scales.scale_type,
+     count / QZ_FP8_GROUP);
+}
 
 /* Some k of weight row r as floats. */
 QZ_INLINE void decode_row_fp8(float *w, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count) {
-    const qz_scales *from = &job->scales;
-    const uint8_t *codes = job->w + r * job->w_row_stride + first;
-    const ptrdiff_t group = first / QZ_FP8_GROUP;
-    float scales[QZ_FP8_PANEL / QZ_FP8_GROUP];
-    QZ_NAME(load)(scales, from->scales + r * from->scale_row_stride + group * from->scale_group_stride,
-                  from->scale_group_stride, from->scale_type, count / QZ_FP8_GROUP);
+    row_fp8 row;
+    v_i32 odd = find_row_fp8(&row, job, r, first, count);
     for (ptrdiff_t i = 0; i < count; i += QZ_FP8_GROUP) {
-        const v_f32 scale = set1_f32(scales[i / QZ_FP8_GROUP]);
-        if (i % 64 == 0) __builtin_prefetch(codes + QZ_FP8_PREFETCH + i);
+        v_f32 v[QZ_FP8_VECTORS];
+        if (i % 64 == 0) __builtin_prefetch(row.codes + QZ_FP8_PREFETCH + i);
+        odd = decode_group_fp8(v, row.codes + i, row.scales[i / QZ_FP8_GROUP], odd);
         QZ_UNROLL
-        for (int j = 0; j < QZ_FP8_GROUP; j += QZ_LANES) {
-            store_f32(w + i + j, weights_fp8(i32_from_u8(codes + i + j), scale));
-        }
+        for (int j = 0; j < QZ_FP8_VECTORS; j++) store_f32(w + i + j * QZ_LANES, v[j]);
     }
+    if (any_i32(odd)) QZ_NAME(decode_odd_row_fp8)(w, &row, job, count);
 }
 
 enum { QZ_CHAIN_VECTORS = QZ_FP8_CHAINS / QZ_LANES };
@@ -48,6 +98,35 @@ QZ_INLINE void sum_chains(float *to, const float *w, const float *x, ptrdiff_t c
         for (int v = 0; v < QZ_CHAIN_VECTORS; v++) {
             sums[v] = fma_f32(load_f32(x + i + v * QZ_LANES), load_f32(w + i + v * QZ_LANES), sums[v]);
         }
+    }
+    QZ_UNROLL
+    for (int v = 0; v < QZ_CHAIN_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
+}
+
+/* The same of weights that only one row of x is multiplied by: they need not be stored in between. */
+QZ_INLINE void decode_and_sum_chains(float *to, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
+                                     ptrdiff_t count) {
+    const float *x = (const float *)job->x + first;
+    row_fp8 row;
+    v_i32 odd = find_row_fp8(&row, job, r, first, count);
+    v_f32 sums[QZ_CHAIN_VECTORS];
+    QZ_UNROLL
+    for (int v = 0; v < QZ_CHAIN_VECTORS; v++) sums[v] = set1_f32(0.0f);
+    for (ptrdiff_t i = 0; i < count; i += QZ_FP8_GROUP) {
+        v_f32 w[QZ_FP8_VECTORS];
+        __builtin_prefetch(row.codes + QZ_FP8_PREFETCH + i);
+        odd = decode_group_fp8(w, row.codes + i, row.scales[i / QZ_FP8_GROUP], odd);
+        QZ_UNROLL
+        for (int j = 0; j < QZ_FP8_VECTORS; j++) {
+            const int v = j % QZ_CHAIN_VECTORS;
+            sums[v] = fma_f32(load_f32(x + i + j * QZ_LANES), w[j], sums[v]);
+        }
+    }
+    if (any_i32(odd)) {
+        _Alignas(64) float w[QZ_FP8_PANEL];
+        QZ_NAME(decode_odd_row_fp8)(w, &row, job, count);
+        sum_chains(to, w, x, count);
+        return;
     }
     QZ_UNROLL
     for (int v = 0; v < QZ_CHAIN_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
@@ -77,6 +156,10 @@ QZ_INLINE void decode_rows_fp8(const qz_matmul_job *job) {
     for (ptrdiff_t first = 0; first < job->columns; first += QZ_FP8_PANEL) {
         const ptrdiff_t left = job->columns - first, count = left < QZ_FP8_PANEL ? left : QZ_FP8_PANEL;
         for (ptrdiff_t r = 0; r < job->rows; r++) {
+            if (job->m == 1) {
+                decode_and_sum_chains(chains[0][r], job, r, first, count);
+                continue;
+            }
             decode_row_fp8(w, job, r, first, count);
             for (ptrdiff_t m = 0; m < job->m; m++) {
                 sum_chains(chains[m][r], w, (const float *)(job->x + m * job->x_stride) + first, count);
@@ -198,18 +281,26 @@ QZ_INLINE void decode_panels_fp8(panel_fp8 *panels, const qz_matmul_job *job, pt
                                  ptrdiff_t first, ptrdiff_t count) {
     const qz_scales *from = &job->scales;
     for (ptrdiff_t n = 0; n < outputs; n += QZ_FP8_GROUP) {
-        const ptrdiff_t group = (column + n) / QZ_FP8_GROUP;
+        const ptrdiff_t group = (column + n) / QZ_FP8_GROUP, step = job->w_row_stride;
+        const uint8_t *codes = job->w + first * step + column + n;
+        const char *stored = from->scales + first * from->scale_row_stride + group * from->scale_group_stride;
         float scales[QZ_FP8_PANEL];
-        QZ_NAME(load)(scales, from->scales + first * from->scale_row_stride + group * from->scale_group_stride,
-                      from->scale_row_stride, from->scale_type, count);
+        if (count % QZ_LANES) memset(scales, 0, sizeof scales);
+        v_i32 odd = load_greater_scales(scales, stored, from->scale_row_stride, from->scale_type, count, 0);
         for (ptrdiff_t k = 0; k < count; k++) {
-            const uint8_t *codes = job->w + (first + k) * job->w_row_stride + column + n;
-            const v_f32 scale = set1_f32(scales[k]);
+            v_f32 v[QZ_FP8_VECTORS];
+            odd = decode_group_fp8(v, codes + k * step, scales[k], odd);
             QZ_UNROLL
-            for (int i = 0; i < QZ_FP8_GROUP; i += QZ_LANES) {
-                float *to = panels[(n + i) / QZ_ACROSS][k] + (n + i) % QZ_ACROSS;
-                store_f32(to, weights_fp8(i32_from_u8(codes + i), scale));
+            for (int i = 0; i < QZ_FP8_VECTORS; i++) {
+                const ptrdiff_t at = n + i * QZ_LANES;
+                store_f32(panels[at / QZ_ACROSS][k] + at % QZ_ACROSS, v[i]);
             }
+        }
+        for (ptrdiff_t k = 0; k < count && any_i32(odd); k++) {
+            float w[QZ_FP8_GROUP];
+            QZ_NAME(put_odd_weights_fp8)
+            (w, QZ_FP8_GROUP, codes + k * step, step, stored + k * from->scale_row_stride, 0, from->scale_type, 1);
+            for (ptrdiff_t i = n; i < n + QZ_FP8_GROUP; i++) panels[i / QZ_ACROSS][k][i % QZ_ACROSS] = w[i - n];
         }
     }
 }

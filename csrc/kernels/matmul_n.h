@@ -65,11 +65,14 @@ typedef struct row_n {
 QZ_INLINE void prepare_row_n(row_n *row, const float *from, ptrdiff_t count, const panel_n *panel, int few, int bits,
                              int digits) {
     const int p = fixed_point_bits(bits, QZ_MAX_BLOCK, digits), wide = is_wide(bits, QZ_MAX_BLOCK, digits);
-    float x[QZ_MAX_BLOCK] = {0}, t[QZ_MAX_BLOCK], z[QZ_MAX_BLOCK], z_scale;
+    float padded[QZ_MAX_BLOCK], t[QZ_MAX_BLOCK], z[QZ_MAX_BLOCK], z_scale;
     int32_t v[QZ_MAX_BLOCK], u[QZ_MAX_BLOCK], high, sum_u = 0;
-    memcpy(x, from, (size_t)count * sizeof *x);
+    if (count < QZ_MAX_BLOCK) {
+        memset(padded, 0, sizeof padded);
+        from = memcpy(padded, from, (size_t)count * sizeof *from);
+    }
     for (int i = 0; i < QZ_MAX_BLOCK; i += QZ_LANES) {
-        v_f32 value = load_f32(x + i);
+        v_f32 value = load_f32(from + i);
         store_f32(t + i, mul_f32(value, load_f32(panel->scales + i)));
         if (QZ_HAS_BIAS(bits)) store_f32(z + i, mul_f32(value, load_f32(panel->centred + i)));
     }
@@ -122,20 +125,20 @@ static void add_terms_n_not_finite(float *y, const float *x, const panel_n *pane
     for (ptrdiff_t n = 0; n < outputs; n++) y[n] += terms[n];
 }
 
-/* `rows` rows of x, of which the first `count` count, against all outputs of a panel. */
-QZ_INLINE void multiply_panel_n(float *y, ptrdiff_t pitch, const panel_n *panel, ptrdiff_t outputs, const row_n *x,
-                                ptrdiff_t count, int rows, int bits, int digits) {
+/* `rows` rows of x, of which the first `count` count, against the outputs of a group that stand at `at` in a panel. */
+QZ_INLINE void multiply_panel_n(float *y, ptrdiff_t pitch, const panel_n *panel, ptrdiff_t at, ptrdiff_t outputs,
+                                const row_n *x, ptrdiff_t count, int rows, int bits, int digits) {
     const int wide = is_wide(bits, QZ_MAX_BLOCK, digits);
     const int8_t *strips[QZ_TILE_M];
     for (ptrdiff_t r = 0; r < rows; r++) strips[r] = x[r < count ? r : count - 1].strip;
     for (ptrdiff_t n = 0; n < outputs; n += QZ_TILE_OUTPUTS) {
         tile_sums low, high;
-        tile_codes codes = {panel->quads[0] + 4 * n, NULL, QZ_PITCH_N};
+        tile_codes codes = {panel->quads[0] + 4 * (at + n), NULL, QZ_PITCH_N};
 #if QZ_PAIRS
-        codes.pairs = panel->pairs[0] + 4 * n;
+        codes.pairs = panel->pairs[0] + 4 * (at + n);
 #endif
         sum_tile(low, high, codes, strips, 0, rows, bits, QZ_MAX_BLOCK, digits, wide);
-        const int32_t *excess = wide && has_pairs(bits, digits) ? panel->excess + n : NULL;
+        const int32_t *excess = wide && has_pairs(bits, digits) ? panel->excess + at + n : NULL;
         for (ptrdiff_t r = 0; r < count; r++) {
             if (x[r].is_finite) add_terms_n(y + r * pitch + n, low[r], high[r], excess, outputs - n, &x[r], bits, wide);
         }
@@ -201,13 +204,13 @@ QZ_INLINE void multiply_row_n(float *y, const uint8_t *w, ptrdiff_t stride, ptrd
 }
 #endif
 
-/* One block of k of the job's weights [first, first + count), for one group of outputs, from `column` on. */
-QZ_INLINE void multiply_block_n(panel_n *panel, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t count,
-                                ptrdiff_t column, int bits, int digits) {
+/* One block of k of the job's weights [first, first + count), for one group of outputs, from `column` on, whose codes
+ * stand in the panel at `at`. */
+QZ_INLINE void multiply_block_n(panel_n *panel, ptrdiff_t at, const qz_matmul_job *job, ptrdiff_t first,
+                                ptrdiff_t count, ptrdiff_t column, int bits, int digits) {
     const ptrdiff_t outputs = job->group_size, stride = job->w_row_stride;
     const uint8_t *w = job->w + first * stride + column * QZ_STORED_BITS(bits) / 8;
     load_scales_n(panel, &job->scales, column / job->group_size, first, count, bits);
-    load_codes_n(panel, w, stride, count, outputs, bits, digits);
     for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
         const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
         float *y = job->y + m * job->y_stride + column;
@@ -220,11 +223,24 @@ QZ_INLINE void multiply_block_n(panel_n *panel, const qz_matmul_job *job, ptrdif
             }
         }
         if (rows == 1) {
-            multiply_panel_n(y, job->y_stride, panel, outputs, x, rows, 1, bits, digits);
+            multiply_panel_n(y, job->y_stride, panel, at, outputs, x, rows, 1, bits, digits);
         } else {
-            multiply_panel_n(y, job->y_stride, panel, outputs, x, rows, QZ_TILE_M, bits, digits);
+            multiply_panel_n(y, job->y_stride, panel, at, outputs, x, rows, QZ_TILE_M, bits, digits);
         }
     }
+}
+
+/* The same for all groups that a panel holds: small ones share vectors of codes. */
+QZ_INLINE ptrdiff_t multiply_groups_n(panel_n *panel, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t count,
+                                      ptrdiff_t column, int bits, int digits) {
+    const ptrdiff_t left = job->columns - column, most = QZ_HAS_BIAS(bits) ? job->group_size : QZ_MAX_GROUP;
+    const ptrdiff_t outputs = left < most ? left : most;
+    const uint8_t *w = job->w + first * job->w_row_stride + column * QZ_STORED_BITS(bits) / 8;
+    load_codes_n(panel, w, job->w_row_stride, count, outputs, bits, digits);
+    for (ptrdiff_t at = 0; at < outputs; at += job->group_size) {
+        multiply_block_n(panel, at, job, first, count, column + at, bits, digits);
+    }
+    return outputs;
 }
 
 #if QZ_PAIRS
@@ -267,14 +283,15 @@ QZ_INLINE void matmul_n(const qz_matmul_job *job, int bits, int digits) {
     for (ptrdiff_t first = 0; first < job->rows; first += QZ_MAX_BLOCK) {
         const ptrdiff_t count = job->rows - first < QZ_MAX_BLOCK ? job->rows - first : QZ_MAX_BLOCK;
         prefetch_lines(job, first + QZ_MAX_BLOCK, bits);
-        for (ptrdiff_t column = 0; column < job->columns; column += job->group_size) {
+        for (ptrdiff_t column = 0; column < job->columns;) {
 #if QZ_PAIRS
             if (bits < 8 && job->m <= QZ_FEW_N) {
                 multiply_few_n(&panel, job, first, count, column, bits, digits);
+                column += job->group_size;
                 continue;
             }
 #endif
-            multiply_block_n(&panel, job, first, count, column, bits, digits);
+            column += multiply_groups_n(&panel, job, first, count, column, bits, digits);
         }
     }
     make_nan_canonical(job->y, job->m * job->y_stride);

@@ -23,48 +23,69 @@ typedef struct fp_batch {
     float w[FP_GROUPS * FP_MAX_GROUP];
 } fp_batch;
 
-/* Magnitudes are compared as integers: NaN is the greatest. Groups that are not there are zeros. */
+/* Magnitudes are compared as integers, in which NaN is the greatest: it counts as infinity. Groups that are not there
+ * are zeros. */
 QZ_INLINE void measure_fp_groups(fp_batch *b, const char *w, ptrdiff_t groups, ptrdiff_t size, qz_type type) {
-    memset(b, 0, sizeof *b);
-    for (ptrdiff_t g = 0; g < groups; g++) {
-        v_i32 most = set1_i32(0);
-        int32_t each[QZ_LANES];
-        for (ptrdiff_t i = g * size; i < (g + 1) * size; i += QZ_LANES) {
-            const v_f32 v = load_floats(w, i, type);
-            store_f32(b->w + i, v);
-            most = max_i32(most, magnitude_of(v));
+    const v_i32 infinity = set1_i32(0x7f800000);
+    if (groups < FP_GROUPS) memset(b->w, 0, sizeof b->w);
+    for (ptrdiff_t first = 0; first < FP_GROUPS; first += QZ_LANES) {
+        v_f32 each[QZ_LANES];
+        QZ_UNROLL
+        for (ptrdiff_t j = 0; j < QZ_LANES; j++) {
+            v_i32 most = set1_i32(0);
+            const ptrdiff_t at = (first + j) * size;
+            for (ptrdiff_t i = at; i < at + size && first + j < groups; i += QZ_LANES) {
+                const v_f32 v = load_floats(w, i, type);
+                store_f32(b->w + i, v);
+                most = max_i32(most, magnitude_of(v));
+            }
+            each[j] = f32_of_bits(select_i32(greater_i32(most, infinity), infinity, most));
         }
-        store_i32(each, most);
-        for (int i = 1; i < QZ_LANES; i++) each[0] = each[i] > each[0] ? each[i] : each[0];
-        memcpy(&b->most[g], each, sizeof *b->most);
+        store_f32(b->most + first, greatest_of_each(each));
     }
 }
 
-/* Not inline: it is the same for all formats. */
-static __attribute__((noinline)) void QZ_NAME(measure_fp_batch)(fp_batch *b, const char *w, ptrdiff_t groups,
-                                                                ptrdiff_t size, qz_type type) {
+/* Not inline: it is the same for all formats of a group size. */
+static __attribute__((noinline)) void QZ_NAME(measure_fp_batch_16)(fp_batch *b, const char *w, ptrdiff_t groups,
+                                                                   qz_type type) {
     switch (type) {
-    case QZ_F16: measure_fp_groups(b, w, groups, size, QZ_F16); return;
-    case QZ_BF16: measure_fp_groups(b, w, groups, size, QZ_BF16); return;
-    default: measure_fp_groups(b, w, groups, size, QZ_F32);
+    case QZ_F16: measure_fp_groups(b, w, groups, 16, QZ_F16); return;
+    case QZ_BF16: measure_fp_groups(b, w, groups, 16, QZ_BF16); return;
+    default: measure_fp_groups(b, w, groups, 16, QZ_F32);
     }
 }
 
-QZ_INLINE void set_fp_scales(fp_batch *b, const qz_quantize_job *job, const fp_element *element, const fp_scale *scale,
-                             int profile) {
+static __attribute__((noinline)) void QZ_NAME(measure_fp_batch_32)(fp_batch *b, const char *w, ptrdiff_t groups,
+                                                                   qz_type type) {
+    switch (type) {
+    case QZ_F16: measure_fp_groups(b, w, groups, 32, QZ_F16); return;
+    case QZ_BF16: measure_fp_groups(b, w, groups, 32, QZ_BF16); return;
+    default: measure_fp_groups(b, w, groups, 32, QZ_F32);
+    }
+}
+
+/* Returns whether nothing is odd: all groups are finite and have a scale, and no step is NaN for another reason, an
+ * encoding factor that is infinite. */
+QZ_INLINE int set_fp_scales(fp_batch *b, const qz_quantize_job *job, const fp_element *element, const fp_scale *scale,
+                            int profile) {
+    const v_i32 finite = set1_i32(0x7f7fffff);
+    v_i32 odd = greater_i32(magnitude_of(set1_f32(job->encode_factor)), finite);
     for (int g = 0; g < FP_GROUPS; g += QZ_LANES) {
         fp_scales s;
         scale->set(&s, load_f32(b->most + g), element, job, profile);
         v_f32 factor = s.values;
         if (profile == QZ_PROFILE_METAL) factor = div_f32(set1_f32(job->encode_factor), s.values);
         store_f32(b->factor + g, factor);
+        odd = or_i32(odd, greater_i32(bits_of_f32(load_f32(b->most + g)), finite));
+        odd = or_i32(odd, or_i32(greater_i32(magnitude_of(factor), finite), greater_i32(s.used, set1_i32(-1))));
         store_i32(b->used + g, s.used);
         store_low_u8(b->codes + g, s.codes);
     }
+    return !any_i32(odd);
 }
 
 QZ_INLINE v_i32 encode_fp_vector(const float *w, float factor, int32_t used, const qz_quantize_job *job,
-                                 const fp_element *element, int profile) {
+                                 const fp_element *element, int profile, int is_plain) {
     const v_i32 infinity = set1_i32(0x7f800000);
     const v_f32 v = load_f32(w), f = set1_f32(factor);
     v_f32 steps;
@@ -73,29 +94,49 @@ QZ_INLINE v_i32 encode_fp_vector(const float *w, float factor, int32_t used, con
     } else {
         steps = mul_f32(round_to_type(div_f32(v, f), job->round_to), set1_f32(job->encode_factor));
     }
+    if (is_plain) return element->encode(steps, profile);
     v_i32 counts = and_i32(greater_i32(infinity, magnitude_of(v)), set1_i32(used));
     counts = and_i32(counts, greater_i32(set1_i32(0x7f800001), magnitude_of(steps)));
     return and_i32(element->encode(steps, profile), counts);
 }
 
-QZ_INLINE void quantize_fp(const qz_quantize_job *job, const fp_element *element, const fp_scale *scale, int profile) {
-    const ptrdiff_t size = job->group_size, value = job->w_type == QZ_F32 ? 4 : 2;
+/* Whole vectors of packed codes: of groups of 16, the last may be half of one. Prefetches: see affine_encode. */
+QZ_INLINE void encode_fp_groups(uint8_t *packed, const fp_batch *b, ptrdiff_t first, ptrdiff_t count, ptrdiff_t size,
+                                const qz_quantize_job *job, const fp_element *element, int profile, int is_plain) {
+    const ptrdiff_t step = job->step;
+    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
+        const char *next = job->next + (first * size + i) * step;
+        v_i32 v[4];
+        QZ_UNROLL
+        for (int line = 0; line < QZ_BYTES / 16; line++) prefetch(next + line * 16 * step); /* if float32 */
+        QZ_UNROLL
+        for (int j = 0; j < 4; j++) {
+            const ptrdiff_t at = i + j * QZ_LANES, g = at / size;
+            v[j] = encode_fp_vector(b->w + at, b->factor[g], b->used[g], job, element, profile, is_plain);
+        }
+        store_packed(packed, bytes_from_i32(v[0], v[1], v[2], v[3]), element->bits);
+        packed += QZ_BYTES / 8 * element->bits;
+    }
+}
+
+QZ_INLINE void quantize_fp(const qz_quantize_job *job, const fp_element *element, const fp_scale *scale, ptrdiff_t size,
+                           int profile) {
+    const ptrdiff_t value = job->w_type == QZ_F32 ? 4 : 2;
     fp_batch b;
     for (ptrdiff_t first = 0; first < job->groups; first += FP_GROUPS) {
         const ptrdiff_t left = job->groups - first, groups = left < FP_GROUPS ? left : FP_GROUPS;
         uint8_t *packed = job->packed + first * size / 8 * element->bits;
-        QZ_NAME(measure_fp_batch)(&b, job->w + first * size * value, groups, size, job->w_type);
-        set_fp_scales(&b, job, element, scale, profile);
+        if (size == 16) {
+            QZ_NAME(measure_fp_batch_16)(&b, job->w + first * size * value, groups, job->w_type);
+        } else {
+            QZ_NAME(measure_fp_batch_32)(&b, job->w + first * size * value, groups, job->w_type);
+        }
+        const int is_plain = set_fp_scales(&b, job, element, scale, profile);
         memcpy(job->scale_codes + first, b.codes, (size_t)groups);
-        for (ptrdiff_t i = 0; i < groups * size; i += QZ_BYTES) {
-            v_i32 v[4];
-            QZ_UNROLL
-            for (int j = 0; j < 4; j++) {
-                const ptrdiff_t at = i + j * QZ_LANES, g = at / size;
-                v[j] = encode_fp_vector(b.w + at, b.factor[g], b.used[g], job, element, profile);
-            }
-            store_packed(packed, bytes_from_i32(v[0], v[1], v[2], v[3]), element->bits);
-            packed += QZ_BYTES / 8 * element->bits;
+        if (is_plain) {
+            encode_fp_groups(packed, &b, first, groups * size, size, job, element, profile, 1);
+        } else {
+            encode_fp_groups(packed, &b, first, groups * size, size, job, element, profile, 0);
         }
     }
 }
@@ -120,8 +161,9 @@ QZ_INLINE v_f32 decode_fp_vector(const uint8_t *codes, float scale, const fp_ele
 
 /* Groups are multiples of 16 elements, and two vectors of 16 lanes hold 32: the last ones may be half there. */
 QZ_INLINE void decode_fp_groups(const qz_dequantize_job *job, const uint8_t *codes, const float *scales,
-                                ptrdiff_t first, ptrdiff_t groups, const fp_element *element, qz_type type) {
-    const ptrdiff_t size = job->group_size, count = groups * size, value = type == QZ_F32 ? 4 : 2;
+                                ptrdiff_t first, ptrdiff_t groups, ptrdiff_t size, const fp_element *element,
+                                qz_type type) {
+    const ptrdiff_t count = groups * size, value = type == QZ_F32 ? 4 : 2;
     char *to = job->w + first * size * value;
     for (ptrdiff_t i = 0; i < count; i += 2 * QZ_LANES) {
         const v_f32 low = decode_fp_vector(codes + i, scales[i / size], element);
@@ -136,8 +178,9 @@ QZ_INLINE void decode_fp_groups(const qz_dequantize_job *job, const uint8_t *cod
     }
 }
 
-QZ_INLINE void dequantize_fp(const qz_dequantize_job *job, const fp_element *element, const fp_scale *scale) {
-    const ptrdiff_t size = job->group_size, most = DECODED / size;
+QZ_INLINE void dequantize_fp(const qz_dequantize_job *job, const fp_element *element, const fp_scale *scale,
+                             ptrdiff_t size) {
+    const ptrdiff_t most = DECODED / size;
     uint8_t codes[DECODED + 2 * QZ_LANES] = {0};
     float scales[DECODED / 16 + QZ_LANES] = {0};
     for (ptrdiff_t first = 0; first < job->groups; first += most) {
@@ -145,9 +188,9 @@ QZ_INLINE void dequantize_fp(const qz_dequantize_job *job, const fp_element *ele
         unpack_bits(codes, job->packed + first * size / 8 * element->bits, element->bits, groups * size);
         decode_fp_scales(scales, job, first, groups, scale);
         switch (job->w_type) {
-        case QZ_F16: decode_fp_groups(job, codes, scales, first, groups, element, QZ_F16); break;
-        case QZ_BF16: decode_fp_groups(job, codes, scales, first, groups, element, QZ_BF16); break;
-        default: decode_fp_groups(job, codes, scales, first, groups, element, QZ_F32);
+        case QZ_F16: decode_fp_groups(job, codes, scales, first, groups, size, element, QZ_F16); break;
+        case QZ_BF16: decode_fp_groups(job, codes, scales, first, groups, size, element, QZ_BF16); break;
+        default: decode_fp_groups(job, codes, scales, first, groups, size, element, QZ_F32);
         }
     }
     if (job->stream) stream_end();

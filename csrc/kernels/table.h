@@ -63,8 +63,8 @@
     QZ_DEFINE_SLOT(name, 0, 0, bits, first, first)                         \
     QZ_DEFINE_SLOT(name, 1, 0, bits, second, first)                        \
     QZ_DEFINE_SLOT(name, 2, 1, bits, third, second)
-#define QZ_DEFINE_fp(name, element, bits, first, second, third, scale)             \
-    QZ_DEFINE_QUANTIZE(name, quantize_fp, dequantize_fp, &element, &scale_##scale) \
+#define QZ_DEFINE_fp(name, element, bits, first, second, third, scale)                    \
+    QZ_DEFINE_QUANTIZE(name, quantize_fp, dequantize_fp, &element, &scale_##scale, first) \
     QZ_DEFINE_##element(name, first)
 #define QZ_DEFINE_fp4_e2m1(name, first) \
     QZ_DEFINE_MATMUL_N(name, QZ_FP4, 1) \

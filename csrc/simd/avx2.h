@@ -367,6 +367,18 @@ static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm256_fmadd_p
 
 static inline int any_i32(v_i32 mask) { return _mm256_movemask_epi8(mask) != 0; }
 
+static inline v_i32 f32_from_e4m3(v_f32 to[4], const uint8_t *codes) {
+    const __m256i v = _mm256_loadu_si256((const __m256i *)codes), none = _mm256_setzero_si256();
+    const __m256i kept = _mm256_set1_epi16((short)0xbfff), largest = _mm256_set1_epi8(0x7f);
+    const __m256i low = _mm256_and_si256(_mm256_srai_epi16(_mm256_unpacklo_epi8(none, v), 1), kept);
+    const __m256i high = _mm256_and_si256(_mm256_srai_epi16(_mm256_unpackhi_epi8(none, v), 1), kept);
+    to[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(low));
+    to[1] = _mm256_cvtph_ps(_mm256_castsi256_si128(high));
+    to[2] = _mm256_cvtph_ps(_mm256_extracti128_si256(low, 1));
+    to[3] = _mm256_cvtph_ps(_mm256_extracti128_si256(high, 1));
+    return _mm256_cmpeq_epi8(_mm256_and_si256(v, largest), largest);
+}
+
 /* Each step halves the lanes that are left of a vector and joins two vectors. */
 #define QZ_REDUCE_EACH(name, op)                                                           \
     static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                                 \

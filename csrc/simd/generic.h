@@ -141,6 +141,18 @@ static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
     return a;
 }
 
+/* 32 codes of FP8 (E4M3) as numbers divided by 256: moved to where float16 has its exponent and fraction, that is what
+ * their bits mean. Those of NaN become 1.875 or its negative, and lanes of what is returned are not 0. */
+static inline v_i32 f32_from_e4m3(v_f32 to[32 / QZ_LANES], const uint8_t *codes) {
+    v_i32 odd = set1_i32(0);
+    for (int i = 0; i < 32 / QZ_LANES; i++, codes += QZ_LANES) {
+        const v_i32 v = {codes[0], codes[1], codes[2], codes[3]}, magnitude = v & 0x7f;
+        to[i] = (v_f32)(shl_i32(magnitude, 20) | shl_i32(v >> 7, 31)) * 0x1p112f;
+        odd |= magnitude == 0x7f;
+    }
+    return odd;
+}
+
 /* Asks for a cache line, which need not be there. Not a function: gcc 12 leaves out calls of one that does no more. */
 #define prefetch(at) __builtin_prefetch(at, 0, 2)
 

@@ -218,6 +218,24 @@ static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return vfmaq_f32(c, a
 
 static inline int any_i32(v_i32 mask) { return vmaxvq_u32(vreinterpretq_u32_s32(mask)) != 0; }
 
+static inline v_i32 f32_from_e4m3(v_f32 to[8], const uint8_t *codes) {
+    const uint8x16_t largest = vdupq_n_u8(0x7f);
+    uint8x16_t odd = vdupq_n_u8(0);
+    for (int i = 0; i < 2; i++) {
+        const uint8x16_t v = vld1q_u8(codes + 16 * i);
+        const uint16x8_t wide[2] = {vshll_n_u8(vget_low_u8(v), 8), vshll_n_u8(vget_high_u8(v), 8)};
+        for (int j = 0; j < 2; j++) {
+            const int16x8_t moved =
+                vandq_s16(vshrq_n_s16(vreinterpretq_s16_u16(wide[j]), 1), vdupq_n_s16((short)0xbfff));
+            const float16x8_t halves = vreinterpretq_f16_s16(moved);
+            to[4 * i + 2 * j] = vcvt_f32_f16(vget_low_f16(halves));
+            to[4 * i + 2 * j + 1] = vcvt_high_f32_f16(halves);
+        }
+        odd = vorrq_u8(odd, vceqq_u8(vandq_u8(v, largest), largest));
+    }
+    return vreinterpretq_s32_u8(odd);
+}
+
 static inline v_f32 least_of_each(const v_f32 v[QZ_LANES]) {
     return vpminq_f32(vpminq_f32(v[0], v[1]), vpminq_f32(v[2], v[3]));
 }

@@ -2,26 +2,29 @@
 
     python tests/campaigns/same_bits.py --seconds 60
 
-Each case is a random product; every fifth small one is compared with tests/reference.py as well. A difference is
-printed with what reproduces it, and the exit status is 1.
+Each case is a random product in a random format; every fifth small one is compared with tests/reference.py, or
+reference_fp.py, as well. A difference is printed with what reproduces it, and the exit status is 1.
 """
 
 import argparse
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import quantization
 import reference
+import reference_fp
 
-OPERATIONS = ("affine_qmm_t", "affine_qmm_n", "affine_qmv", "affine_qvm")
+OPERATIONS = ("qmm_t", "qmm_n", "qmv", "qvm")
+ALONG_K = ("qmm_t", "qmv")
 KINDS = ("float32", "float16", "bfloat16")
 LARGEST = {"float32": 3.4e38, "float16": 65504.0, "bfloat16": 3.38e38}
 MAX_ROWS, MAX_THREADS = 19, 8
-QUICK_CASES = 40
+QUICK_CASES = 60
 
 
 class MismatchError(Exception):
@@ -32,11 +35,12 @@ class Seen:
     """What the campaign has covered, for its last line."""
 
     def __init__(self):
-        self.cases, self.isas, self.threads, self.rows = 0, [], set(), set()
+        self.cases, self.isas, self.threads, self.rows, self.formats = 0, [], set(), set(), set()
 
     def __str__(self):
         threads, rows = (f"{min(numbers)}…{max(numbers)}" for numbers in (self.threads, self.rows))
-        return f"{self.cases} cases, ISAs {', '.join(self.isas)}, threads {threads}, M {rows}: identical"
+        formats = ", ".join(sorted(self.formats))
+        return f"{self.cases} cases, {formats}; ISAs {', '.join(self.isas)}, threads {threads}, M {rows}: identical"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,29 +67,96 @@ def random_values(rng, shape, kind):
     return x
 
 
+def random_scale_bytes(rng, mode, shape):
+    """Scales of one of several distributions: about 1, any size, or any byte, infinities and NaN among them."""
+    middle = 0x38 if mode == "nvfp4" else 127
+    spread = rng.choice([6, 50, 256])
+    scales = rng.integers(0, 256, shape) if spread == 256 else middle + rng.integers(-spread, spread + 1, shape)
+    return scales.astype(np.uint8)
+
+
+def random_codes(rng, row, shape):
+    """Any codes; NaN, which mxfp8 has, is rare in most cases, since it spreads over whole rows of results."""
+    codes = rng.integers(0, 2 ** row["bits"], shape, dtype=np.uint8)
+    if row["mode"] == "mxfp8":
+        codes[(codes & 127 == 127) & (rng.random(shape) < rng.choice([0, 0.999, 1]))] = 126
+    if rng.random() < 0.2:
+        codes[...] = rng.choice([0, 2 ** row["bits"] - 1], (shape[0], 1))
+    return codes
+
+
+class Case(NamedTuple):
+    """A product: its operation's name without the mode, x's type and the scales', digits, arrays and keywords.
+
+    Codes are one by one here; `arguments` has them as stored.
+    """
+
+    row: dict
+    operation: str
+    kinds: tuple[str, str]
+    digits: int
+    arrays: tuple[np.ndarray, ...]
+    keywords: dict
+
+    @property
+    def arguments(self):
+        x, codes, *stored = self.arrays
+        return (x, reference.pack(codes, self.row["bits"]), *stored)
+
+    @property
+    def function(self):
+        return getattr(quantization, f"{self.row['mode']}_{self.operation}")
+
+    @property
+    def definition(self):
+        """What it must be, by NumPy."""
+        kind, scale_kind = self.kinds
+        x, codes, *stored = self.arrays
+        x, along_k = reference.to_f32(x, kind), self.operation in ALONG_K
+        if self.row["family"] == "fp":
+            factor = self.keywords.get("global_scale")
+            y = reference_fp.product_bits(x, codes, *stored, self.row["mode"], along_k, self.digits, factor)
+        else:
+            bits_of = reference.qmm_t_bits if along_k else reference.qmm_n_bits
+            scales, biases = (reference.to_f32(a, scale_kind) for a in stored)
+            y = bits_of(x, codes, scales, biases, self.keywords["group_size"], self.row["bits"], self.digits)
+        with np.errstate(over="ignore"):
+            return reference.round_to(y, kind if kind == scale_kind else "float32")
+
+
+def random_options(rng, row, kinds, group_size):
+    """The keywords of a call."""
+    keywords = {"group_size": group_size, "bits": row["bits"]} if row["family"] == "affine" else {}
+    if "bfloat16" in kinds:
+        keywords["input_dtype"] = "bfloat16"
+    if rng.random() < 0.2 and row["mode"] != "mxfp8":
+        keywords["activations"] = "int8"
+    if rng.random() < 0.3 and row["mode"] == "nvfp4":
+        keywords["global_scale"] = float(10.0 ** rng.uniform(-3, 6))
+    return keywords
+
+
 def random_case(rng):
-    """Arguments of one product: float arrays as stored, words, keywords, and the number of digits."""
-    formats = [row for row in quantization._C.formats() if row["family"] == "affine"]
+    """A product in any format, fp ones in half of the cases."""
+    family = rng.choice(["affine", "fp"])
+    formats = [row for row in quantization._C.formats() if row["family"] == family]
     row = formats[rng.integers(len(formats))]
-    bits, group_size = row["bits"], int(rng.choice(row["group_sizes"]))
+    group_size = int(rng.choice(row["group_sizes"]))
     operation, kind, scale_kind = rng.choice(OPERATIONS), rng.choice(KINDS), rng.choice(KINDS)
     m, groups = int(rng.integers(1, MAX_ROWS + 1)), int(rng.integers(1, 1 + rng.choice([3, 40]) * 64 // group_size))
     other = int(rng.integers(1, rng.choice([20, 300])))
-    packed_along_k = operation in ("affine_qmm_t", "affine_qmv")
-    k = groups * group_size if packed_along_k else other
-    codes = rng.integers(0, 2**bits, (other, groups * group_size), dtype=np.uint8)
-    if rng.random() < 0.2:
-        codes[...] = rng.choice([0, 2**bits - 1], (other, 1))
+    k = groups * group_size if operation in ALONG_K else other
+    codes = random_codes(rng, row, (other, groups * group_size))
+    kinds = (kind, scale_kind) if family == "affine" else (kind, kind)
     with np.errstate(all="ignore"):
         x = reference.round_to(random_values(rng, (m, k), kind), kind)
-        stored = [reference.round_to(random_values(rng, (other, groups), scale_kind), scale_kind) for _ in range(2)]
-    keywords = {"group_size": group_size, "bits": bits}
-    if "bfloat16" in (kind, scale_kind):
-        keywords["input_dtype"] = "bfloat16"
-    if rng.random() < 0.2:
-        keywords["activations"] = "int8"
+        if family == "fp":
+            stored = [random_scale_bytes(rng, row["mode"], (other, groups))]
+        else:
+            stored = [reference.round_to(random_values(rng, (other, groups), scale_kind), scale_kind) for _ in range(2)]
+    keywords = random_options(rng, row, kinds, group_size)
     digits = 1 if "activations" in keywords else 3 if kind == "float32" else 2
-    return operation, (kind, scale_kind, digits), (x, codes, *stored), keywords
+    return Case(row, operation, kinds, digits, (x, codes, *stored), keywords)
 
 
 def at_offset(array, offset):
@@ -114,47 +185,38 @@ def compare(what, ours, expected):
         )
 
 
-def compare_with_reference(operation, kinds, arrays, keywords, expected):
-    kind, scale_kind, digits = kinds
-    x, codes, scales, biases = arrays
-    by_name = {"affine_qmm_t": reference.qmm_t_bits, "affine_qmv": reference.qmm_t_bits}
-    bits_of = by_name.get(operation, reference.qmm_n_bits)
-    x, scales, biases = reference.to_f32(x, kind), *(reference.to_f32(a, scale_kind) for a in (scales, biases))
-    y = bits_of(x, codes, scales, biases, keywords["group_size"], keywords["bits"], digits)
-    compare("the definition", expected, reference.round_to(y, kind if kind == scale_kind else "float32"))
-
-
-def compare_everywhere(rng, operation, arrays, keywords, expected, seen):
+def compare_everywhere(rng, case, expected, seen):
     """On every ISA: all rows, some of them, and one as a vector, with random numbers of threads and alignments."""
-    function = getattr(quantization, operation)
-    m = len(arrays[0])
+    arguments = case.arguments
+    m = len(arguments[0])
     for name in seen.isas:
         for part in (slice(0, m), slice(0, int(rng.integers(1, m + 1))), int(rng.integers(m))):
-            threads, offsets = int(rng.integers(1, MAX_THREADS + 1)), rng.integers(0, 64, 4)
-            moved = [at_offset(a, offset) for a, offset in zip(arrays, offsets, strict=True)]
+            threads, offsets = int(rng.integers(1, MAX_THREADS + 1)), rng.integers(0, 64, len(arguments))
+            moved = [at_offset(a, offset) for a, offset in zip(arguments, offsets, strict=True)]
             with quantization.isa(name), quantization.threads(threads):
-                y = function(moved[0][part], *moved[1:], **keywords)
+                y = case.function(moved[0][part], *moved[1:], **case.keywords)
             compare(f"isa {name}, {threads} threads, rows {part}, offsets {offsets.tolist()}", y, expected[part])
             seen.threads.add(threads)
             seen.rows.add(y.size // expected.shape[1])
     seen.cases += 1
+    seen.formats.add(case.row["name"])
 
 
 def check(seed, i, seen):
     """The i-th case of a seed."""
     rng = np.random.default_rng([seed, i])
-    operation, kinds, arrays, keywords = random_case(rng)
-    x, codes, scales, biases = arrays
-    words = reference.pack(codes, keywords["bits"])
+    case = random_case(rng)
+    x, codes = case.arrays[:2]
     try:
         with quantization.isa("generic"), quantization.threads(1):
-            expected = getattr(quantization, operation)(x, words, scales, biases, **keywords)
+            expected = case.function(*case.arguments, **case.keywords)
         if i % 5 == 0 and codes.size * len(x) < 1 << 20:
-            compare_with_reference(operation, kinds, arrays, keywords, expected)
-        compare_everywhere(rng, operation, (x, words, scales, biases), keywords, expected, seen)
+            compare("the definition", expected, case.definition)
+        compare_everywhere(rng, case, expected, seen)
     except MismatchError as difference:
-        where = f"--seed {seed} --first {i}: {operation}, x {kinds[0]}{x.shape}, scales {kinds[1]}, {keywords}"
-        raise MismatchError(f"{where}\n{difference}") from None
+        name = f"{case.row['name']} {case.operation}"
+        where = f"--seed {seed} --first {i}: {name}, x {case.kinds[0]}{x.shape}, scales {case.kinds[1]}"
+        raise MismatchError(f"{where}, {case.keywords}\n{difference}") from None
 
 
 def main(arguments=None):

@@ -1,9 +1,9 @@
-"""Compare the bytes of matrix products over widths x groups x types x instruction sets x threads x M, all of them.
+"""Compare the bytes of matrix products over formats x groups x types x instruction sets x threads x M, all of them.
 
     python tests/campaigns/same_bits_grid.py
 
 Every combination is compared with scalar C on one thread with all rows of x at once. Inputs are made of integers, the
-same on every machine, so that the digests, one for each width over all its products, are too. A difference is printed
+same on every machine, so that the digests, one for each format over all its products, are too. A difference is printed
 and the exit status is 1. `same_bits.py` goes on for as long as wanted with random shapes, offsets and special values.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from same_bits import KINDS, OPERATIONS, MismatchError, compare
+from same_bits import ALONG_K, KINDS, OPERATIONS, MismatchError, compare
 
 import quantization
 import reference
@@ -52,7 +52,7 @@ WHOLE = Grid(
     ((75, 640), (9, 9000)),
 )
 QUICK = Grid(
-    ("affine_qmm_t", "affine_qmm_n"),
+    ("qmm_t", "qmm_n"),
     _kinds(lambda kind: dict.fromkeys((kind, "float32"))),
     (1, 3, 14, 33),
     (1, 3),
@@ -77,7 +77,7 @@ def fractions(bits):
 class Case(NamedTuple):
     """A product: what it is called with, and how many rows of x there are."""
 
-    operation: str
+    name: str
     arrays: tuple[np.ndarray, ...]
     keywords: dict
     label: str
@@ -86,29 +86,54 @@ class Case(NamedTuple):
         """The product of the first rows of x."""
         x, *stored = self.arrays
         with quantization.isa(isa), quantization.threads(threads):
-            return getattr(quantization, self.operation)(x[:rows], *stored, **self.keywords)
+            return getattr(quantization, self.name)(x[:rows], *stored, **self.keywords)
 
 
-def case_of(operation, kinds, bits, group_size, size, rows):
-    """Make the arrays of a product from integers alone."""
-    kind, scale_kind, activations = kinds
-    along_k = operation in ("affine_qmm_t", "affine_qmv")
-    lines, least = size if along_k else reversed(size)
-    groups = -(-least // group_size)
-    packed = groups * group_size
-    k = packed if along_k else lines
-    wild = mixed(1, rows, k)
-    x = fractions(wild) * np.where(wild % np.uint64(61) == 0, np.float32(2**12), np.float32(1))
+def stored_affine(bits, group_size, scale_kind, lines, packed):
+    """Codes, scales and biases of [lines, packed] weights."""
+    groups = packed // group_size
     codes = (mixed(2, lines, packed) >> np.uint64(32)).astype(np.uint8) & np.uint8(2**bits - 1)
     scales = (fractions(mixed(3, lines, groups)) + np.float32(1.25)) * np.float32(2.0**-8)
     biases = fractions(mixed(4, lines, groups)) * np.float32(2.0**-5)
-    keywords = {"group_size": group_size, "bits": bits}
+    return codes, *(reference.round_to(array, scale_kind) for array in (scales, biases))
+
+
+def stored_fp(row, group_size, lines, packed):
+    """Codes and scales: numbers of all sizes that nvfp4's scales have, of 2^-20 to 2^11 for the others."""
+    codes = (mixed(2, lines, packed) >> np.uint64(32)).astype(np.uint8) & np.uint8(2 ** row["bits"] - 1)
+    if row["mode"] == "mxfp8":
+        codes[codes & 127 == 127] -= 1  # a single NaN would take the place of its whole row of results
+    scales = (mixed(3, lines, packed // group_size) >> np.uint64(32)).astype(np.uint8)
+    scales = scales % np.uint8(127) | scales & np.uint8(128) if row["mode"] == "nvfp4" else scales % np.uint8(32) + 107
+    return codes, scales.astype(np.uint8)
+
+
+def case_of(operation, kinds, row, group_size, size, rows):
+    """Make the arrays of a product from integers alone."""
+    kind, scale_kind, activations = kinds
+    lines, least = size if operation in ALONG_K else reversed(size)
+    packed = -(-least // group_size) * group_size
+    k = packed if operation in ALONG_K else lines
+    wild = mixed(1, rows, k)
+    x = fractions(wild) * np.where(wild % np.uint64(61) == 0, np.float32(2**12), np.float32(1))
+    if row["family"] == "fp":
+        codes, *stored = stored_fp(row, group_size, lines, packed)
+        keywords, what = {}, row["name"]
+    else:
+        codes, *stored = stored_affine(row["bits"], group_size, scale_kind, lines, packed)
+        keywords, what = {"group_size": group_size, "bits": row["bits"]}, f"{row['bits']} bits, groups of {group_size}"
     keywords |= {"input_dtype": "bfloat16"} if "bfloat16" in (kind, scale_kind) else {}
     keywords |= {"activations": activations} if activations else {}
-    arrays = (reference.round_to(x, kind), reference.pack(codes, bits),
-              reference.round_to(scales, scale_kind), reference.round_to(biases, scale_kind))  # fmt: skip
-    label = f"{operation}, {bits} bits, groups of {group_size}, x {kind}{x.shape}, scales {scale_kind}, {activations}"
-    return Case(operation, arrays, keywords, label)
+    arrays = (reference.round_to(x, kind), reference.pack(codes, row["bits"]), *stored)
+    name = f"{row['mode']}_{operation}"
+    return Case(name, arrays, keywords, f"{name}, {what}, x {kind}{x.shape}, scales {scale_kind}, {activations}")
+
+
+def kinds_for(row, kinds):
+    """Those of the grid that a format has: the types of fp scales are one, and mxfp8 rounds no x to int8."""
+    if row["family"] == "affine":
+        return kinds
+    return [one for one in kinds if one[0] == one[1] and not (one[2] and row["mode"] == "mxfp8")]
 
 
 def check(case, grid, isas):
@@ -122,12 +147,12 @@ def check(case, grid, isas):
     return np.ascontiguousarray(expected).astype(expected.dtype.newbyteorder("<")).tobytes(), count
 
 
-def check_width(row, grid, isas):
-    """Return the digest of a width's products and the number of combinations compared."""
+def check_format(row, grid, isas):
+    """Return the digest of a format's products and the number of combinations compared."""
     digest, count = hashlib.sha256(), 0
-    cells = itertools.product(sorted(row["group_sizes"]), grid.operations, grid.kinds, grid.sizes)
+    cells = itertools.product(sorted(row["group_sizes"]), grid.operations, kinds_for(row, grid.kinds), grid.sizes)
     for group_size, operation, kinds, size in cells:
-        case = case_of(operation, kinds, row["bits"], group_size, size, max(grid.rows))
+        case = case_of(operation, kinds, row, group_size, size, max(grid.rows))
         expected, compared = check(case, grid, isas)
         digest.update(expected)
         count += compared
@@ -135,7 +160,7 @@ def check_width(row, grid, isas):
 
 
 def main(arguments=None):
-    """Print a line for each width; return the digests by format."""
+    """Print a line for each format; return the digests by format."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer types, rows, threads, operations and sizes")
     parser.add_argument("--format", action="append", help="only this one; may be given several times")
@@ -145,9 +170,9 @@ def main(arguments=None):
     digests, total = {}, 0
     try:
         for row in quantization._C.formats():
-            if row["family"] != "affine" or (options.format and row["name"] not in options.format):
+            if options.format and row["name"] not in options.format:
                 continue
-            digests[row["name"]], count = check_width(row, grid, isas)
+            digests[row["name"]], count = check_format(row, grid, isas)
             print(f"{row['name']}: {count} combinations, digest {digests[row['name']]}", flush=True)
             total += count
     except MismatchError as difference:

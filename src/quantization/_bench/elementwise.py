@@ -12,6 +12,7 @@ from .ceilings import Ceiling
 from .ours import Elementwise, repeat, settings
 from .rows import Row
 from .sampling import Effort, Measurement, Work, measure
+from .stored import EVERY, SMALL_FLOATS
 
 
 def large() -> int:
@@ -42,9 +43,10 @@ def measured(case: Elementwise, isa: str, threads: int, effort: Effort) -> Row:
 
 def _cases(full: bool) -> Iterator[Callable[[], Elementwise]]:
     for dtype in ("float32", "bfloat16") + (("float16",) if full else ()):
-        for bits in (2, 3, 4, 5, 6, 8) if full else (4,):
-            yield lambda dtype=dtype, bits=bits: ours.quantizing(large(), dtype, bits)  # type: ignore[misc]
-            yield lambda dtype=dtype, bits=bits: ours.dequantizing(large(), dtype, bits)  # type: ignore[misc]
+        for stored in EVERY if full else (4, *SMALL_FLOATS):
+            if full or stored == 4 or dtype == "float32":
+                yield lambda dtype=dtype, stored=stored: ours.quantizing(large(), dtype, stored)  # type: ignore[misc]
+                yield lambda dtype=dtype, stored=stored: ours.dequantizing(large(), dtype, stored)  # type: ignore[misc]
     yield lambda: ours.dequantizing(large(), "float16", 4)
     yield lambda: ours.fake_quantizing(large(), cached=False)
     yield lambda: ours.fake_quantizing(in_cache(), cached=True)

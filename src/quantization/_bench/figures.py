@@ -30,7 +30,7 @@ def _call(product: Product, weights: Weights) -> Callable[[int], Any]:
 
 
 def _weights(product: Product, cold: bool) -> Weights:
-    return cached_weights(product.shape, product.bits, True, cold, ours.scale_dtype_for(product.variant))
+    return cached_weights(product.shape, product.bits, True, cold, ours.scale_dtype_for(product.variant, product.bits))
 
 
 def _product(gate: Gate) -> Product:
@@ -123,6 +123,7 @@ def mlx(gate: Gate, isa: str, effort: Effort) -> Measurement:
 
 def _experts(gate: Gate) -> gather.Experts:
     product = _product(gate)
+    assert isinstance(product.bits, int)
     return gather.Experts(product.shape, product.bits, product.m, product.variant)
 
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .ours import BF16, EXACT, F16, FLOAT, INT8, Variant
+from .ours import BF16, EXACT, F16, FLOAT, INT8, Variant, product_name
 from .shapes import MODELS, Shape
+from .stored import Stored
 
 SQUARE, LONG = Shape(4096, 4096), Shape(4096, 14336)
 
 
 class Product(NamedTuple):
-    """A product of 4096 x 4096 weights in groups of 64, or what differs from it; ``op`` empty: as M asks for."""
+    """A product of 4096 x 4096 affine weights in groups of 64, or what differs from it; ``op`` empty: as M asks for.
+
+    ``bits`` names small floats by their mode.
+    """
 
     m: int = 1
-    bits: int = 4
+    bits: Stored = 4
     variant: Variant = EXACT
     shape: Shape = SQUARE
     op: str = ""
@@ -28,7 +32,7 @@ class Product(NamedTuple):
     @property
     def operation(self) -> str:
         """The function to call."""
-        return self.op or ("affine_qmv" if self.m == 1 else "affine_qmm_t")
+        return self.op or product_name(self.bits, self.m)
 
 
 class Gate(NamedTuple):
@@ -75,6 +79,25 @@ def _decode() -> Iterator[Gate]:
         yield Gate(f"decode {bits}-bit, {EXACT}", "roof", "avx2", 1, Product(1, bits), None, None)
     yield Gate(f"decode 4-bit, K > 8k, {EXACT}", "roof", "avx2", 1, Product(shape=LONG), None, None)
     yield Gate(f"decode 4-bit, {EXACT}", "roof", "avx2", 2, Product(), None, None)
+
+
+def _small_floats() -> Iterator[Gate]:
+    """mxfp4 and nvfp4 by the limits of affine codes of 4 bits, mxfp8 by those of 8.
+
+    mxfp8's products are float32 multiplications, so that its prefill is held to the limits of the float class.
+    """
+    for mode in ("mxfp4", "nvfp4", "mxfp8"):
+        exact = (0.88, 0.97) if mode == "mxfp8" else (1.08, 1.3)
+        halves = exact if mode == "mxfp8" else (1.5, 1.8)
+        for variant, limits, slower in ((EXACT, exact, (0.52, 0.65)), (BF16, halves, (0.70, 0.80))):
+            none = (None, None)
+            yield Gate(f"decode {mode}, {variant}", "roof", "avx512", 1, Product(1, mode, variant), 0.88, 0.95)
+            asked = none if mode == "mxfp8" else slower
+            yield Gate(f"decode {mode}, {variant}", "roof", "avx2", 1, Product(1, mode, variant), *asked)
+            for m in (128, 512):
+                name = f"prefill {mode}, M={m}, {variant}"
+                yield Gate(name, "roof", "avx512", 1, Product(m, mode, variant), *limits)
+                yield Gate(name, "roof", "avx2", 1, Product(m, mode, variant), *none)
 
 
 def _few() -> Iterator[Gate]:
@@ -125,9 +148,11 @@ def _memory() -> Iterator[Gate]:
     """
     for m, variant, op in ((1, EXACT, "affine_qmv"), (1, EXACT, "affine_qvm"), (512, EXACT, "affine_qmm_t"),
                            (512, EXACT, "affine_qmm_n"), (512, BF16, "affine_qmm_t"), (512, INT8, "affine_qmm_t"),
-                           (512, FLOAT, "affine_qmm_t"), (512, EXACT, "affine_gather_qmm_rhs")):  # fmt: skip
+                           (512, FLOAT, "affine_qmm_t"), (512, EXACT, "affine_gather_qmm_rhs"),
+                           (1, EXACT, "mxfp8_qmv"), (512, EXACT, "mxfp8_qmm_t"), (512, EXACT, "mxfp8_qmm_n"),
+                           (512, EXACT, "nvfp4_qmm_t")):  # fmt: skip
         product = Product(m, 4, variant, op=op)
-        planes = (4 if variant == FLOAT else variant.planes) * m * product.shape.k / 2**20
+        planes = (4 if variant == FLOAT or "mxfp8" in op else variant.planes) * m * product.shape.k / 2**20
         for threads in (1, 2):
             name = f"scratch, MiB a thread, {op}, M={m}, {variant}"
             yield Gate(name, "scratch", "", threads, product, 4.0 + planes / threads, None, True)
@@ -146,7 +171,7 @@ def _others() -> Iterator[Gate]:
         yield Gate(name, f"call_{variant.dtype}", "", 1, None, must, None, True, variant.accuracy)
 
 
-GATES: tuple[Gate, ...] = (*_decode(), *_few(), *_prefill(), *_gather(), *_others(), *_memory())
+GATES: tuple[Gate, ...] = (*_decode(), *_few(), *_prefill(), *_small_floats(), *_gather(), *_others(), *_memory())
 VERDICTS = ("met", "missed", "no limit", "not run")
 
 

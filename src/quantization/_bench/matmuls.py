@@ -18,6 +18,7 @@ from .ours import Variant, settings
 from .rows import Row
 from .sampling import Effort, Measurement, TooSlowError, Work, measure
 from .shapes import Shape
+from .stored import Stored, format_of
 from .weights import Weights
 
 READ_BOUND = 2
@@ -31,27 +32,35 @@ def figure_of(weights: Weights, m: int, isa: str, threads: int) -> tuple[Ceiling
     return ceilings.arithmetic("fma", isa, threads), 2.0 * m * weights.shape.n * weights.shape.k
 
 
-def _new_weights(shape: Shape, bits: int, transpose: bool, cold: bool, scale_dtype: str,
+def _new_weights(shape: Shape, stored: Stored, transpose: bool, cold: bool, scale_dtype: str,
                  most: int | None = None) -> Weights:  # fmt: skip
-    return Weights(shape, bits, transpose=transpose, cold=cold, scale_dtype=scale_dtype, most=most)
+    return Weights(shape, stored, transpose=transpose, cold=cold, scale_dtype=scale_dtype, most=most)
 
 
 cached_weights = functools.lru_cache(maxsize=4)(_new_weights)
-"""Weights that a former row may have made: shape, bits, transpose, cold, scale_dtype, most."""
+"""Weights that a former row may have made: shape, format, transpose, cold, scale_dtype, most."""
 
 
-def our_row(op: str, shape: Shape, bits: int, m: int, variant: Variant, isa: str, threads: int, cold: bool,
+def _row(library: str, what: str, accuracy: str, isa: str, threads: int, shape: Shape, stored: Stored) -> Row:
+    """Return a row without figures."""
+    form = format_of(stored)
+    mode = "" if form.is_affine else form.mode
+    return Row("matmul", library, what, accuracy, isa, threads, str(shape), form.bits, mode=mode)
+
+
+def our_row(op: str, shape: Shape, stored: Stored, m: int, variant: Variant, isa: str, threads: int, cold: bool,
             effort: Effort) -> Row:  # fmt: skip
     """Measure one of our products."""
-    row = Row("matmul", "quantization", f"{op} {variant}", variant.accuracy, isa, threads, str(shape), bits, m,
-              "cold" if cold else "hot")  # fmt: skip
+    row = _row("quantization", f"{op} {variant}", variant.accuracy, isa, threads, shape, stored)
+    row = dataclasses.replace(row, m=m, memory="cold" if cold else "hot")
     if why := ours.missing(variant):
         return row.with_note(why)
     error = [math.nan]
 
     def take() -> Measurement:
         effort.check()
-        weights = cached_weights(shape, bits, op != "affine_qmm_n", cold, ours.scale_dtype_for(variant))
+        scale_dtype = ours.scale_dtype_for(variant, stored)
+        weights = cached_weights(shape, stored, not op.endswith("_qmm_n"), cold, scale_dtype)
         ceiling, amount = figure_of(weights, m, isa, threads)
         out = ours.output(weights, m, variant)
         work = Work(ours.repeat(ours.call_matmul(op, weights, m, variant, out)), amount)
@@ -70,11 +79,11 @@ MOST_COPIES = 64
 
 def _rivals(accuracy: str, weights: Weights, m: int) -> list[Callable[[int], object]]:
     """Return our exact float32 product and, if that is another one, the one of the accuracy class."""
-    op = "affine_qmv" if m == 1 else "affine_qmm_t"
+    op = ours.product_name(weights.stored, m)
     calls: list[Callable[[int], object]] = []
     for variant in dict.fromkeys((ours.EXACT, ours.ALIKE[accuracy])):
-        dtype = ours.scale_dtype_for(variant)
-        own = cached_weights(weights.shape, weights.bits, True, True, dtype, MOST_COPIES)
+        dtype = ours.scale_dtype_for(variant, weights.stored)
+        own = cached_weights(weights.shape, weights.stored, True, True, dtype, MOST_COPIES)
         out = ours.output(own, m, variant)
         calls.append(ours.repeat(ours.call_matmul(op, own, m, variant, out)))
     return calls
@@ -117,16 +126,16 @@ def _peer_row(row: Row, call: peers.Call, peer: peers.Peer, weights: Weights, is
     return dataclasses.replace(row, **found)
 
 
-def peer_rows(peer: peers.Peer, shape: Shape, bits: int, isa: str, threads: int, numbers: Iterable[int],
+def peer_rows(peer: peers.Peer, shape: Shape, stored: Stored, isa: str, threads: int, numbers: Iterable[int],
               effort: Effort) -> Iterator[Row]:  # fmt: skip
     """Measure a peer with more and more rows of x, until its time would be out of proportion."""
-    row = Row("matmul", peer.name, f"x @ W.T, {peer.dtype}", peer.accuracy, "", threads, str(shape), bits)
+    row = _row(peer.name, f"x @ W.T, {peer.dtype}", peer.accuracy, "", threads, shape, stored)
     if why := peer.missing() or ("has no threads" if peer.serial and threads > 1 else None):
         yield row.with_note(why)
         return
     try:
         effort.check()
-        weights = cached_weights(shape, bits, True, True, "float16", MOST_COPIES)
+        weights = cached_weights(shape, stored, True, True, ours.scale_dtype_for(ours.EXACT, stored), MOST_COPIES)
         row = dataclasses.replace(row, memory=weights.memory)
         prepared = peer.prepare(weights, threads)
     except (TooSlowError, ImportError, MemoryError, RuntimeError, ValueError) as failure:
@@ -143,33 +152,39 @@ def peer_rows(peer: peers.Peer, shape: Shape, bits: int, isa: str, threads: int,
         yield found
 
 
-def chosen_peers(names: list[str] | None) -> list[peers.Peer]:
-    """Return the peers whose name contains one of the words; all for None."""
+def chosen_peers(names: list[str] | None, stored: Stored) -> list[peers.Peer]:
+    """Return the peers that have a format and whose name contains one of the words; all for None."""
+    able = [peer for peer in peers.MATMUL if stored in peer.formats]
     if names is None:
-        return list(peers.MATMUL)
-    return [peer for peer in peers.MATMUL if any(word.lower() in peer.name.lower() for word in names)]
+        return able
+    return [peer for peer in able if any(word.lower() in peer.name.lower() for word in names)]
 
 
-def our_cases(m: int, shape: Shape, full: bool) -> Iterator[tuple[str, Variant, bool]]:
-    """Yield operation, variant and whether the weights are cold, for one M."""
-    op = "affine_qmv" if m == 1 else "affine_qmm_t"
-    variants: list[Variant] = [ours.EXACT, ours.BF16, ours.INT8, ours.FLOAT]
+def our_cases(m: int, shape: Shape, stored: Stored, full: bool) -> Iterator[tuple[str, Variant, bool]]:
+    """Yield operation, variant and whether the weights are cold, for one M.
+
+    Of small floats there is no float class, and mxfp8's x is never rounded to int8.
+    """
+    op, mode = ours.product_name(stored, m), format_of(stored).mode
+    variants: list[Variant] = [ours.EXACT, ours.BF16]
+    variants += [ours.INT8] if mode != "mxfp8" else []
+    variants += [ours.FLOAT] if mode == "affine" else []
     variants += [ours.F16] if full else []
     for variant in variants:
         yield op, variant, True
     if m == 1:
         yield op, ours.EXACT, False
     if shape.n % 64 == 0 and (full or m in (1, 128)):
-        yield "affine_qmm_n", ours.EXACT, True
+        yield f"{mode}_qmm_n", ours.EXACT, True
 
 
 def rows(options: Any, effort: Effort) -> Iterator[Row]:
     """Yield the rows of the matmul table: for each matrix and number of threads, ours and then the peers."""
     tables = list(itertools.product(options.matrices, options.threads))
-    for i, ((shape, bits), threads) in enumerate(tables):
+    for i, ((shape, stored), threads) in enumerate(tables):
         part = effort.part(1 / (len(tables) - i))
         for m in options.rows:
-            for op, variant, cold in our_cases(m, shape, options.full):
-                yield our_row(op, shape, bits, m, variant, options.isa, threads, cold, part)
-        for peer in chosen_peers(options.peers) if bits == 4 else []:
-            yield from peer_rows(peer, shape, bits, options.isa, threads, options.rows, part)
+            for op, variant, cold in our_cases(m, shape, stored, options.full):
+                yield our_row(op, shape, stored, m, variant, options.isa, threads, cold, part)
+        for peer in chosen_peers(options.peers, stored):
+            yield from peer_rows(peer, shape, stored, options.isa, threads, options.rows, part)

@@ -14,6 +14,7 @@ import quantization as q
 
 from .ceilings import aligned
 from .sampling import Work
+from .stored import SMALL_FLOATS, Stored, format_of
 from .weights import Weights, as_dtype
 
 
@@ -49,12 +50,14 @@ ALIKE = {"exact f32": EXACT, "bf16": BF16, "int8 activations": INT8}
 """What of ours is to be compared with a peer, by the peer's accuracy class."""
 
 
+_PRODUCTS = (("qmv", "Qmv"), ("qvm", "Qvm"), ("qmm_t", "QmmT"), ("qmm_n", "QmmN"))
 KERNELS: dict[str, Any] = {
     "affine_qmv": q.AffineQmv,
     "affine_qvm": q.AffineQvm,
     "affine_qmm_t": q.AffineQmmT,
     "affine_qmm_n": q.AffineQmmN,
     "affine_gather_qmm_rhs": q.AffineGatherQmmRhs,
+    **{f"{mode}_{name}": getattr(q, mode.capitalize() + kernel) for mode in SMALL_FLOATS for name, kernel in _PRODUCTS},
 }
 
 
@@ -81,7 +84,9 @@ def call_matmul(
     """Return a call of `op` that takes the next copy of the weights."""
     kernel = KERNELS[op]()
     x = weights.x(m, variant.dtype)
-    options: dict[str, Any] = {"group_size": weights.group_size, "bits": weights.bits}
+    options: dict[str, Any] = {}
+    if weights.format.is_affine:
+        options |= {"group_size": weights.group_size, "bits": weights.bits}
     options |= {"accumulate": variant.accumulate, "activations": variant.activations, "out": out}
     if variant.dtype == "bfloat16" or weights.scale_dtype == "bfloat16":
         options["input_dtype"] = "bfloat16"
@@ -89,8 +94,8 @@ def call_matmul(
 
 
 def output(weights: Weights, m: int, variant: Variant) -> np.ndarray:
-    """Return an array for the product: x's dtype where the scales have it too, else float32."""
-    same = variant.dtype == weights.scale_dtype
+    """Return an array for the product: x's dtype where affine scales have it too, else float32."""
+    same = variant.dtype == weights.scale_dtype or not weights.format.is_affine
     dtype = {"bfloat16": "uint16"}.get(variant.dtype, variant.dtype) if same else "float32"
     return np.zeros((m, weights.shape.n), dtype)
 
@@ -105,8 +110,15 @@ def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
     return run
 
 
-def scale_dtype_for(variant: Variant) -> str:
-    """Scales in 16 bits, of x's own type if that has 16 too."""
+def product_name(stored: Stored, m: int) -> str:
+    """Return the function for x @ W.T that one would call for so many rows of x."""
+    return f"{format_of(stored).mode}_{'qmv' if m == 1 else 'qmm_t'}"
+
+
+def scale_dtype_for(variant: Variant, stored: Stored = 4) -> str:
+    """Scales in 16 bits, of x's own type if that has 16 too; bytes for small floats."""
+    if not format_of(stored).is_affine:
+        return "uint8"
     return variant.dtype if variant.dtype != "float32" else "float16"
 
 
@@ -137,29 +149,36 @@ def _draw(shape: tuple[int, int]) -> np.ndarray:
 _normal = functools.lru_cache(maxsize=1)(_draw)
 
 
-def quantizing(elements: int, dtype: str, bits: int) -> Elementwise:
-    """Return `affine_quantize` of an array of so many elements."""
-    shape = _columns(elements)
-    w = as_dtype(_normal(shape), dtype)
-    options: dict[str, Any] = {"group_size": 64, "bits": bits}
+def _codec(stored: Stored, name: str) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+    """Return a function's name, its kernel and the options that say the format."""
+    form = format_of(stored)
+    options: dict[str, Any] = {"group_size": form.group_size, "bits": form.bits} if form.is_affine else {}
+    return f"{form.mode}_{name}", getattr(q, form.mode.capitalize() + name.capitalize())(), options
+
+
+def quantizing(elements: int, dtype: str, stored: Stored) -> Elementwise:
+    """Return `quantize` of an array of so many elements."""
+    op, kernel, options = _codec(stored, "quantize")
+    w = as_dtype(_normal(_columns(elements)), dtype)
     options |= {"input_dtype": "bfloat16"} if dtype == "bfloat16" else {}
-    out = q.affine_quantize(w, **options)
+    out = kernel(w, **options)
     moved = w.nbytes + sum(part.nbytes for part in out)
-    kernel = q.AffineQuantize()
     run = repeat(lambda: kernel(w, **options, out=out))
-    return Elementwise("affine_quantize", f"{dtype} to {bits} bits", CODES, "read", Work(run, moved), moved)
+    codes, what = (CODES, f" to {stored} bits") if isinstance(stored, int) else (f"{stored} codes", "")
+    return Elementwise(op, dtype + what, codes, "read", Work(run, moved), moved)
 
 
-def dequantizing(elements: int, dtype: str, bits: int) -> Elementwise:
-    """Return `affine_dequantize` to an array of so many elements; to 16 bits it is the conversion of types too."""
+def dequantizing(elements: int, dtype: str, stored: Stored) -> Elementwise:
+    """Return `dequantize` to an array of so many elements; to 16 bits it is the conversion of types too."""
     shape = _columns(elements)
-    codes = q.affine_quantize(_normal(shape), 64, bits)
+    codes = getattr(q, f"{format_of(stored).mode}_quantize")(_normal(shape), **_codec(stored, "quantize")[2])
+    op, kernel, options = _codec(stored, "dequantize")
     out = aligned(elements * (4 if dtype == "float32" else 2))
     out = out.view({"bfloat16": np.uint16}.get(dtype, dtype)).reshape(shape)
     moved = out.nbytes + sum(part.nbytes for part in codes)
-    kernel = q.AffineDequantize()
-    run = repeat(lambda: kernel(*codes, 64, bits, dtype=dtype, out=out))
-    return Elementwise("affine_dequantize", f"{bits} bits to {dtype}", ONCE, "stream", Work(run, moved), moved)
+    run = repeat(lambda: kernel(*codes, **options, dtype=dtype, out=out))
+    what = f"{stored} bits to {dtype}" if isinstance(stored, int) else f"to {dtype}"
+    return Elementwise(op, what, ONCE, "stream", Work(run, moved), moved)
 
 
 def fake_quantizing(elements: int, cached: bool) -> Elementwise:

@@ -1,4 +1,4 @@
-"""Other libraries' products with the same 4-bit weights, each as far as it is installed.
+"""Other libraries' products with the same weights of 4 bits, and of small floats where they have them, as installed.
 
 Every one gets weights of its own in distinct copies, is asked for what it does best, and is measured as we are. Three
 traps are stepped around: onnxruntime holds equal weights once, torch's int4 kernel is fast in bfloat16 only, and
@@ -18,6 +18,7 @@ import numpy as np
 
 from .._extras import require
 from . import onnx_model, openvino_model
+from .stored import SMALL_FLOATS, Stored
 from .weights import Weights, codes_of
 
 Call = Callable[[int], Any]
@@ -41,6 +42,8 @@ class Peer:
         A `Prepare`.
     serial : bool
         Whether it has no threads.
+    formats : tuple of int and str
+        Of weights that it takes: bits of affine codes, and modes.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Peer:
     accuracy: str
     prepare: Prepare
     serial: bool = False
+    formats: tuple[Stored, ...] = (4,)
 
     def missing(self) -> str | None:
         """Say which module is not installed, or return None."""
@@ -80,12 +84,14 @@ def _mlx(dtype: str) -> Prepare:
         kind = getattr(mx, dtype)
         sets = []
         for copy in range(weights.copies):
-            w, scales, biases = weights.distinct(copy)
-            sets.append((mx.array(w), mx.array(scales).astype(kind), mx.array(biases).astype(kind)))
+            w, *stored = (mx.array(part) for part in weights.distinct(copy))
+            if weights.format.is_affine:
+                stored = [part.astype(kind) for part in stored]
+            sets.append((w, stored[0], stored[1] if len(stored) > 1 else None))
         mx.eval(sets)
 
         def product(x: Any, w: Any, scales: Any, biases: Any) -> Any:
-            y = mx.quantized_matmul(x, w, scales, biases, True, weights.group_size, weights.bits)
+            y = mx.quantized_matmul(x, w, scales, biases, True, weights.group_size, weights.bits, weights.mode)
             mx.eval(y)
             return y
 
@@ -234,17 +240,18 @@ def _openvino(group: int, precision: str = "f32") -> Prepare:
     return prepare
 
 
+_ANY: tuple[Stored, ...] = (4, *SMALL_FLOATS)
 MATMUL = (
-    Peer("NumPy sgemm, dequantized", ("threadpoolctl",), "float32", "exact f32", _numpy),
+    Peer("NumPy sgemm, dequantized", ("threadpoolctl",), "float32", "exact f32", _numpy, formats=_ANY),
     Peer("torch int4pack", ("torch",), "bfloat16", "bf16", _torch),
-    Peer("torch, dequantized", ("torch",), "bfloat16", "bf16", _torch_dense),
+    Peer("torch, dequantized", ("torch",), "bfloat16", "bf16", _torch_dense, formats=_ANY),
     Peer("onnxruntime level 0", ("onnxruntime", "onnx"), "float32", "exact f32", _onnxruntime(0)),
     Peer("onnxruntime level 4", ("onnxruntime", "onnx"), "float32", "int8 activations", _onnxruntime(4)),
     Peer("OpenVINO", ("openvino",), "float32", "exact f32", _openvino(0)),
     Peer("OpenVINO bfloat16", ("openvino",), "float32", "bf16", _openvino(0, "bf16")),
     Peer("OpenVINO dynamic 32", ("openvino",), "float32", "int8 activations", _openvino(32)),
-    Peer("MLX float32", ("mlx",), "float32", "exact f32", _mlx("float32"), serial=True),
-    Peer("MLX bfloat16", ("mlx",), "bfloat16", "bf16", _mlx("bfloat16"), serial=True),
+    Peer("MLX float32", ("mlx",), "float32", "exact f32", _mlx("float32"), serial=True, formats=_ANY),
+    Peer("MLX bfloat16", ("mlx",), "bfloat16", "bf16", _mlx("bfloat16"), serial=True, formats=_ANY),
 )
 """The slowest last: where time is bounded, they are what is left out."""
 

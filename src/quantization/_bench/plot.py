@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def lines_of(rows: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row.m > 2 or row.memory != "hot":
-            what = row.what.replace("affine_qmv ", "x @ W.T, ").replace("affine_qmm_t ", "x @ W.T, ")
-            label = f"{row.implementation} {what}, {row.shape}, {row.bits} bits"
+            what = re.sub(r"^\w+_(qmv|qmm_t) ", "x @ W.T, ", row.what)
+            label = f"{row.implementation} {what}, {row.shape}, {row.mode or f'{row.bits} bits'}"
             lines.setdefault(label, []).append((row.m, row.ratio))
     return lines
 

@@ -25,7 +25,8 @@ class Row:
     ``rate`` is in ``unit``; ``ratio`` is the median of rates by the ceiling measured directly after; ``spread`` is half
     of what lies between the quartiles of those ratios. ``by_exact`` and ``by_alike``, in rows of other libraries: their
     time by that of our exact float32 product, and of our product of the same accuracy class, sampled in turn with them.
-    ``error`` is relative, against float64. A row that could not be measured has a ``note`` instead of figures.
+    ``error`` is relative, against float64. ``mode`` is that of weights in small floats, else empty. A row that could
+    not be measured has a ``note`` instead of figures.
     """
 
     section: str
@@ -48,10 +49,16 @@ class Row:
     by_exact: float = math.nan
     by_alike: float = math.nan
     error: float = math.nan
+    mode: str = ""
     samples: int = 0
     retries: int = 0
     share: float = math.nan
     note: str = ""
+
+    @property
+    def stored(self) -> str:
+        """The format of the weights, in a word: bits of affine codes, or the mode of small floats."""
+        return self.mode or str(self.bits or "")
 
     @property
     def disturbed(self) -> str:
@@ -100,7 +107,7 @@ def _cells(row: Row) -> list[str]:
         row.what,
         row.accuracy,
         row.shape,
-        str(row.bits or ""),
+        row.stored,
         str(row.m or ""),
         row.memory,
         str(row.threads),

@@ -14,17 +14,21 @@ from typing import Any, TextIO
 
 from .. import _text, get_num_threads
 from .._extras import require
-from . import ceilings, elementwise, figures, gather, machine, matmuls, plot, summary
+from . import ceilings, elementwise, figures, formats, gather, machine, matmuls, plot, summary
 from . import shapes as known
 from .gates import GATES, VERDICTS, Gate
 from .rows import Row, as_json, table, write_json
 from .sampling import FULL, QUICK, Effort, Work, measure
+from .stored import EVERY, SMALL_FLOATS, Stored
+from .stored import parse as parse_formats
 
 TABLES = ("matmul", "gather", "elementwise", "calls")
+ASKED_TABLES = ("formats",)
+"""Tables that are printed only where they are asked for."""
 SUMMARY_TITLE = "products in short"
 GATHER_TITLE = "products with experts"
 ELEMENTWISE_TITLE = "quantize, dequantize, convert, fake quantize"
-WIDTHS = (2, 3, 4, 5, 6, 8)
+FORMATS_TITLE = "every format"
 LEGEND = """\
 accuracy class: exact f32 = float32 x, sums at least as exact as float32's; exact, bfloat16 x = only x and y have 16
 bits; bf16 = that or coarser sums; int8 activations = x rounded to 8 bits. A library that could round x on this CPU
@@ -43,11 +47,11 @@ MINUTES = 3.5
 class Options:
     """What to measure.
 
-    ``matrices`` are shapes with their widths; ``peers`` words that peers' names contain, None for all of them; ``only``
-    part of a gate's name; ``deadline`` a time of `time.monotonic` after which nothing is begun.
+    ``matrices`` are shapes with their formats; ``peers`` words that peers' names contain, None for all of them;
+    ``only`` part of a gate's name; ``deadline`` a time of `time.monotonic` after which nothing is begun.
     """
 
-    matrices: tuple[tuple[known.Shape, int], ...] = ((known.MODELS["square"][0], 4),)
+    matrices: tuple[tuple[known.Shape, Stored], ...] = ((known.MODELS["square"][0], 4),)
     rows: tuple[int, ...] = known.QUICK_ROWS
     threads: tuple[int, ...] = (1,)
     isa: str = dataclasses.field(default_factory=machine.default_isa)
@@ -161,6 +165,10 @@ def tables(out: TextIO, options: Options) -> list[Row]:
         found = _watched("experts", gather.rows(options, options.effort.part(0.25)))
         _print_table(out, GATHER_TITLE, found)
         rows += found
+    if "formats" in options.tables:
+        found = _watched("formats", formats.rows(options, options.effort))
+        out.write(f"\n{FORMATS_TITLE}\n\n{formats.table(found)}\n")
+        rows += found
     if "matmul" in options.tables:
         found = _watched("products", matmuls.rows(options, options.effort))
         _print_table(out, "products", found)
@@ -171,13 +179,16 @@ def tables(out: TextIO, options: Options) -> list[Row]:
     return rows
 
 
-def _matrices(arguments: argparse.Namespace) -> tuple[tuple[known.Shape, int], ...]:
-    """Return the shapes asked for in the widths asked for; for `--full` every shape, and the first in every width."""
-    widths = arguments.bits or (WIDTHS if arguments.full else (4,))
-    if arguments.full and not arguments.shapes and not arguments.bits:
+def _matrices(arguments: argparse.Namespace) -> tuple[tuple[known.Shape, Stored], ...]:
+    """Return the shapes asked for in the formats asked for; for `--full` every shape, and the first in every format."""
+    asked = parse_formats(arguments.formats) if arguments.formats else tuple(arguments.bits or ())
+    if arguments.formats and arguments.bits:
+        raise ValueError("bench: --bits 4 is --formats affine_4: give one of them")
+    stored = asked or (EVERY if arguments.full else (4,))
+    if arguments.full and not arguments.shapes and not asked:
         first, *others = known.parse(",".join(known.MODELS))
-        return (*((first, bits) for bits in widths), *((shape, 4) for shape in others))
-    return tuple((shape, bits) for shape in known.parse(arguments.shapes or "square") for bits in widths)
+        return (*((first, form) for form in stored), *((shape, 4) for shape in others))
+    return tuple((shape, form) for shape in known.parse(arguments.shapes or "square") for form in stored)
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -188,7 +199,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
     ValueError
         If something is asked for that the tables have and the gates have not, or the other way round.
     """
-    of_tables, of_gates = ("shapes", "bits", "rows", "threads", "isa", "table", "peers", "plot"), ("only", "strict")
+    of_tables = ("shapes", "bits", "formats", "rows", "threads", "isa", "table", "peers", "plot")
+    of_gates = ("only", "strict")
     for name in of_tables if arguments.gates else of_gates:
         if getattr(arguments, name) not in (None, "", False):
             raise ValueError(f"bench: --{name} is for the {'tables' if arguments.gates else 'gates: add --gates'}")
@@ -250,11 +262,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write every row, the machine and the versions")
     tables = parser.add_argument_group("tables")
     tables.add_argument("--shapes", metavar="NAME,…", help=f"NxK, or {', '.join(known.MODELS)}")
-    tables.add_argument("--bits", type=_positive, metavar="N,…", help="widths (default: 4)")
+    tables.add_argument("--bits", type=_positive, metavar="N,…", help="widths of affine codes (default: 4)")
+    names = f"instead of --bits: affine_4 and so on, {', '.join(SMALL_FLOATS)}, or all"
+    tables.add_argument("--formats", metavar="NAME,…", help=names)
     tables.add_argument("--rows", type=_positive, metavar="M,…", help="rows of x (default: 1, 4, 16, 128)")
     tables.add_argument("--threads", type=_positive, metavar="N,…", help="numbers of threads (default: 1 and all)")
     tables.add_argument("--isa", choices=machine.isas(), help="instruction set (default: the best)")
-    tables.add_argument("--table", action="append", choices=TABLES, help="only this table; may be given several times")
+    only = f"only this table; may be given several times; {', '.join(ASKED_TABLES)}: not among the others"
+    tables.add_argument("--table", action="append", choices=(*TABLES, *ASKED_TABLES), help=only)
     tables.add_argument("--peers", metavar="NAME,…", help="only libraries with such names; '' for none")
     tables.add_argument("--plot", metavar="FILE", help="also draw the products (.png, .svg, .pdf)")
     gates = parser.add_argument_group("gates")

@@ -19,6 +19,7 @@ import numpy as np
 from .gates import Product
 from .ours import KERNELS, Variant, settings
 from .shapes import Shape
+from .stored import format_of
 
 _BALLAST = 64 << 20
 
@@ -43,19 +44,27 @@ def growth(call: Callable[[], object]) -> int:
     return _peak() - before
 
 
+def _weights(product: Product, shape: tuple[int, int]) -> list[np.ndarray]:
+    """Any codes, scales and, if affine, biases of the shape in which they are stored."""
+    mode = product.operation.partition("_")[0]
+    form = format_of(product.bits if mode == "affine" else mode)
+    scale = np.uint8 if mode != "affine" else np.uint16 if product.variant.dtype == "bfloat16" else np.float32
+    codes = np.full((shape[0], shape[1] // 32 * form.bits), 0x76543210, np.uint32)
+    groups = (shape[0], shape[1] // form.group_size)
+    return [codes, *(np.full(groups, 1, scale) for _ in range(2 if mode == "affine" else 1))]
+
+
 def _measure(isa: str, threads: int, product: Product) -> int:
     n, k = product.shape
-    stored = (k, n) if product.operation in ("affine_qvm", "affine_qmm_n") else (n, k)
-    scale = np.dtype(np.uint16 if product.variant.dtype == "bfloat16" else np.float32)
-    codes = np.full((stored[0], stored[1] // 32 * product.bits), 0x76543210, np.uint32)
-    scales, biases = (np.full((stored[0], stored[1] // 64), 1, scale) for _ in range(2))
-    x, out = np.ones((product.m, k), scale), np.ones((product.m, n), scale)
+    shape = (k, n) if product.operation.endswith(("_qvm", "_qmm_n")) else (n, k)
+    given, kind = _weights(product, shape), np.dtype(np.uint16 if product.variant.dtype == "bfloat16" else np.float32)
+    x, out = np.ones((product.m, k), kind), np.ones((product.m, n), kind)
     options = {"accumulate": product.variant.accumulate, "activations": product.variant.activations}
     options |= {"input_dtype": "bfloat16"} if product.variant.dtype == "bfloat16" else {}
     with settings(isa, threads):
-        multiply = functools.partial(KERNELS[product.operation](64, product.bits), **options)
-        small = [array[:64, : 64 * array.shape[1] // stored[1]] for array in (codes, scales, biases)]
-        given = [codes, scales, biases]
+        affine = (64, product.bits) if product.operation.startswith("affine") else ()
+        multiply = functools.partial(KERNELS[product.operation](*affine), **options)
+        small = [array[:64, : 64 * array.shape[1] // shape[1]] for array in given]
         if product.operation == "affine_gather_qmm_rhs":  # each row chooses one of 8, in turn
             small = [*(array[None] for array in small), np.zeros(1, np.int64)]
             given = [*(np.stack([array] * 8) for array in given), np.arange(product.m) % 8]

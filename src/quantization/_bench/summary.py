@@ -29,9 +29,10 @@ HEADER = (
 
 def _own(rows: Sequence[Row], variant: Variant) -> Iterator[Row]:
     """Yield our x @ W.T of a variant with cold weights, as far as it was measured."""
-    names = {f"affine_qmv {variant}", f"affine_qmm_t {variant}"}
+    names = {f"qmv {variant}", f"qmm_t {variant}"}
     for row in rows:
-        if row.implementation == "quantization" and row.what in names and row.memory != "hot" and not row.note:
+        name = row.what.partition("_")[2]
+        if row.implementation == "quantization" and name in names and row.memory != "hot" and not row.note:
             yield row
 
 
@@ -39,14 +40,14 @@ def _others(rows: Sequence[Row], own: Row, accuracy: str) -> list[Row]:
     """Return other libraries' rows for the same product, fastest first by what was sampled in turn with ours."""
 
     def key(row: Row) -> tuple[object, ...]:
-        return row.shape, row.bits, row.m, row.threads
+        return row.shape, row.stored, row.m, row.threads
 
     same = [row for row in rows if not math.isnan(row.by_alike) and row.accuracy == accuracy and key(row) == key(own)]
     return sorted(same, key=lambda row: row.by_alike)
 
 
 def _cells(own: Row, accuracy: str, others: list[Row]) -> list[str]:
-    cells = [accuracy, own.shape, str(own.bits), str(own.m), str(own.threads), text_of_time(own.seconds)]
+    cells = [accuracy, own.shape, own.stored, str(own.m), str(own.threads), text_of_time(own.seconds)]
     cells += [f"{own.ceiling_name} {own.ratio:.2f}", f"{own.error:.1e}"]
     if not others:
         return [*cells, "none measured", "", "", "", "", own.disturbed]

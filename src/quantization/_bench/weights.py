@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import affine_dequantize, affine_quantize
+import quantization as q
+
 from . import machine
 from .ceilings import ALIGNMENT, aligned
 from .shapes import Shape
+from .stored import NUMBERS, Stored, format_of, scales_of
 
 CACHE_MULTIPLE = 4
 _ERROR_ROWS, _ERROR_COLUMNS = 2, 256
@@ -38,18 +40,22 @@ def as_float64(array: Any, dtype: str) -> np.ndarray:
 
 
 class Weights:
-    """A matrix in affine codes, `copies` times in memory, and rows of x for it.
+    """A quantized matrix, `copies` times in memory, and rows of x for it.
 
     Parameters
     ----------
     shape : Shape
-    bits, group_size : int
+    stored : int or str
+        Bits of affine codes, or a mode of small floats.
+    group_size : int, default 64
+        Of affine codes.
     transpose : bool, default True
         Whether it is stored as [N, K], for x @ W.T; else as [K, N], for x @ W.
     cold : bool, default True
         Whether to make copies that hold `CACHE_MULTIPLE` times the last level of cache (at most a quarter of the free
         memory); else one.
     scale_dtype : str, default "float16"
+        Of affine scales and biases; those of small floats are bytes.
     most : int, optional
         At most so many copies, whether or not a cache holds them.
     multiple : int, default 1
@@ -66,7 +72,7 @@ class Weights:
     def __init__(
         self,
         shape: Shape,
-        bits: int,
+        stored: Stored,
         group_size: int = 64,
         *,
         transpose: bool = True,
@@ -75,9 +81,12 @@ class Weights:
         most: int | None = None,
         multiple: int = 1,
     ) -> None:
-        self.shape, self.bits, self.group_size, self.transpose = shape, bits, group_size, transpose
-        self.scale_dtype = scale_dtype
-        parts = _packed(shape if transpose else Shape(shape.k, shape.n), bits, group_size, scale_dtype)
+        self.format = format_of(stored, group_size)
+        self.shape, self.stored, self.transpose = shape, stored, transpose
+        self.mode, self.bits, self.group_size = self.format
+        self.scale_dtype = scale_dtype if self.format.is_affine else "uint8"
+        placed = shape if transpose else Shape(shape.k, shape.n)
+        parts = _packed(placed, stored, group_size, self.scale_dtype)
         sizes = [-(-part.nbytes // 64) * 64 for part in parts]
         self.nbytes = sum(part.nbytes for part in parts)
         self._slot = -(-sum(sizes) // ALIGNMENT) * ALIGNMENT
@@ -130,9 +139,9 @@ class Weights:
 
     def dense(self, copy: int = 0) -> np.ndarray:
         """Return the float32 matrix, as stored, that a copy stands for."""
-        codes, scales, biases = self.distinct(copy)
         options: dict[str, Any] = {"input_dtype": "bfloat16"} if self.scale_dtype == "bfloat16" else {}
-        w: np.ndarray = affine_dequantize(codes, scales, biases, self.group_size, self.bits, dtype="float32", **options)
+        options |= {"group_size": self.group_size, "bits": self.bits} if self.format.is_affine else {}
+        w: np.ndarray = getattr(q, f"{self.mode}_dequantize")(*self.distinct(copy), dtype="float32", **options)
         return w
 
     def x(self, m: int, dtype: str) -> np.ndarray:
@@ -148,19 +157,24 @@ class Weights:
 
     @functools.cached_property
     def unpacked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes, scales and zero points of the first copy."""
+        """Codes, scales and zero points of the first copy, which is affine."""
         w, *stored = self.parts[0]
         scales, biases = (as_float64(part, self.scale_dtype).astype(np.float32) for part in stored)
         return _unpack(w, self.bits), scales, np.rint(-biases / scales)
 
     @functools.cached_property
     def _corner(self) -> np.ndarray:
-        w, scales, biases = self.parts[0]
+        parts = self.parts[0]
         if self.transpose:
-            w, scales, biases = (part[:_ERROR_COLUMNS] for part in (w, scales, biases))
-        codes = _unpack(w, self.bits).astype(np.float64)
-        wide = codes * np.repeat(as_float64(scales, self.scale_dtype), self.group_size, axis=1)
-        wide += np.repeat(as_float64(biases, self.scale_dtype), self.group_size, axis=1)
+            parts = tuple(part[:_ERROR_COLUMNS] for part in parts)
+        codes = _unpack(parts[0], self.bits)
+        if self.format.is_affine:
+            scales, biases = (
+                np.repeat(as_float64(part, self.scale_dtype), self.group_size, axis=1) for part in parts[1:]
+            )
+            wide = codes.astype(np.float64) * scales + biases
+        else:
+            wide = NUMBERS[self.bits][codes] * np.repeat(scales_of(self.mode, parts[1]), self.group_size, axis=1)
         return wide if self.transpose else np.ascontiguousarray(wide[:, :_ERROR_COLUMNS].T)
 
 
@@ -188,21 +202,25 @@ def _four_digits(values: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def _pack(stored: Shape, bits: int, group_size: int, scale_dtype: str) -> tuple[np.ndarray, ...]:
-    """Codes, scales and biases of a random matrix [N, K] as stored.
+def _pack(shape: Shape, stored: Stored, group_size: int, scale_dtype: str) -> tuple[np.ndarray, ...]:
+    """Codes, scales and, if affine, biases of a random matrix [N, K] as stored.
 
-    Scales have four significant bits and biases are -scale times a code: some libraries hold zero points as codes, some
-    hold 16-bit floats, and at 4 bits the matrix is the same, exactly, for all of them. At most 4096 rows are drawn;
-    larger matrices repeat them, which no kernel can tell.
+    Affine scales have four significant bits and biases are -scale times a code: some libraries hold zero points as
+    codes, some hold 16-bit floats, and at 4 bits the matrix is the same, exactly, for all of them. At most 4096 rows
+    are drawn; larger matrices repeat them, which no kernel can tell.
     """
-    rows = min(stored.n, 4096)
-    w = np.random.default_rng(3).standard_normal((rows, stored.k), dtype=np.float32) * np.float32(0.02)
-    codes, scales, biases = affine_quantize(w, group_size, bits)
-    zeros = np.clip(np.rint(-biases / scales), 0, 2**bits - 1)
-    scales = _four_digits(scales)
-    parts = codes, as_dtype(scales, scale_dtype), as_dtype(-zeros * scales, scale_dtype)
-    times = -(-stored.n // rows)
-    return tuple(np.tile(part, (times, 1))[: stored.n] if times > 1 else part for part in parts)
+    rows = min(shape.n, 4096)
+    w = np.random.default_rng(3).standard_normal((rows, shape.k), dtype=np.float32) * np.float32(0.02)
+    parts: tuple[np.ndarray, ...]
+    if isinstance(stored, str):
+        parts = getattr(q, f"{stored}_quantize")(w)
+    else:
+        codes, scales, biases = q.affine_quantize(w, group_size, stored)
+        zeros = np.clip(np.rint(-biases / scales), 0, 2**stored - 1)
+        scales = _four_digits(scales)
+        parts = codes, as_dtype(scales, scale_dtype), as_dtype(-zeros * scales, scale_dtype)
+    times = -(-shape.n // rows)
+    return tuple(np.tile(part, (times, 1))[: shape.n] if times > 1 else part for part in parts)
 
 
 _packed = functools.lru_cache(maxsize=4)(_pack)
