@@ -15,7 +15,6 @@ from quantization._formats import Format, known_formats
 
 FORMATS = known_formats()
 OF_MLX = [f for f in FORMATS if f.bits != 7]
-HAS_MATMUL = [f for f in FORMATS if hasattr(q, f"{f.mode}_qmm_t")]
 GGUF_TYPES = {
     "Q4_0": "affine 4 g32",
     "Q4_1": "affine 4 g32",
@@ -76,7 +75,7 @@ def _sizes(target):
     return {"bits": target.bits, "group_size": target.group_size} if target.sized else {}
 
 
-@pytest.mark.parametrize("target", HAS_MATMUL, ids=str)
+@pytest.mark.parametrize("target", FORMATS, ids=str)
 def test_products_are_those_of_the_functions(target, rng):
     t = quantized(target, rng, (128, 256))
     parts = list(t.parts.values())
@@ -105,6 +104,40 @@ def test_global_scale_goes_everywhere(rng):
     assert "global scale" in repr(t)
 
 
+@pytest.mark.parametrize("target", FORMATS, ids=str)
+def test_rows_that_end_within_a_group(target, rng):
+    """A padded tensor knows its length: it is that of the matrix everywhere, and the rest is the functions'."""
+    k = 2 * target.group_size - 5
+    w, x, v = (rng.standard_normal((rows, columns), np.float32) for rows, columns in ((6, k), (3, k), (2, 6)))
+    t = q.QTensor.quantize(w, target.mode, pad=True, **_sizes(target))
+    parts, of_mode = list(t.parts.values()), f"{target.mode}_"
+    assert (t.shape, t.k, t.stored_k, t.T.shape) == ((6, k), k, 2 * target.group_size, (k, 6))
+    assert t.bits_per_weight == 8 * t.nbytes / (6 * k)
+    expected = getattr(q, of_mode + "dequantize")(*parts, k=k, dtype="float32", **_sizes(target))
+    for same in (t, pickle.loads(pickle.dumps(t)), q.QTensor(*parts, mode=t.mode, k=k, **_sizes(target))):
+        assert np.asarray(same).tobytes() == expected.tobytes()
+        assert f"rows padded to {2 * target.group_size}, " in repr(same)
+    assert np.asarray(t[1:3]).tobytes() == expected[1:3].tobytes()
+    assert (x @ t.T).tobytes() == getattr(q, of_mode + "qmm_t")(x, *parts, **_sizes(target)).tobytes()
+    product = getattr(q, of_mode + "qmm_n")(v, *parts, output_features=k, **_sizes(target))
+    assert (v @ t).tobytes() == product.tobytes()
+    whole = q.QTensor(*parts, mode=t.mode, **_sizes(target))
+    assert (whole.shape, "padded" in repr(whole)) == ((6, 2 * target.group_size), False)
+    for wrong, tensor in ((w[:, 1:], t), (np.ones((1, k + 1)), t), (x, whole)):
+        with pytest.raises(ValueError, match=rf"^QTensor: x\.shape\[-1\] must be {tensor.k}, .* got {wrong.shape[-1]}"):
+            wrong @ tensor.T
+
+
+def test_length_of_rows_that_is_wrong():
+    for wrong in (0, 64, 129, -1):
+        with pytest.raises(
+            ValueError, match=f"^QTensor: k must be from 65 to 128, as rows have 2 groups, got {wrong}$"
+        ):
+            q.QTensor(np.zeros((2, 16), np.uint32), *np.ones((2, 2, 2), np.float32), group_size=64, k=wrong)
+    with pytest.raises(TypeError, match=r"^QTensor: 'float' object"):
+        q.QTensor(CODES, SCALES, SCALES, k=64.0)
+
+
 CODES, SCALES = np.zeros((4, 8), np.uint32), np.zeros((4, 1), np.float16)
 
 
@@ -123,8 +156,24 @@ CODES, SCALES = np.zeros((4, 8), np.uint32), np.zeros((4, 1), np.float16)
     ],
 )
 def test_parts_that_do_not_fit(arguments, options, error, text):
-    with pytest.raises(error, match=re.escape(text)):
+    with pytest.raises(error, match="^QTensor: .*" + re.escape(text)):
         q.QTensor(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t, x: x @ t, r"^QTensor: x\.shape\[-1\] must be 6, the input features of w"),
+        (lambda t, x: "x" @ t.T, r"^QTensor: x must be an array of floats"),
+        (lambda t, x: t.dequantize("int8"), r"^QTensor\.dequantize: dtype must be "),
+        (lambda t, x: q.QTensor.quantize(x[:, :3]), r"^QTensor\.quantize: w\.shape\[-1\] must be a multiple"),
+        (lambda t, x: q.QTensor.quantize(x, bits=9), r"^QTensor\.quantize: unknown format \('affine', 9, None\)"),
+        (lambda t, x: q.QTensor.quantize(x, flavour=9), r"^QTensor\.quantize: .*unexpected keyword argument"),
+    ],
+)
+def test_errors_name_what_was_called(call, message, rng):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(quantized(FORMATS[0], rng), np.ones((3, 256), np.float32))
 
 
 def test_misuse_of_a_qtensor(rng):
@@ -283,6 +332,17 @@ def test_overrides_of_layers(tmp_path):
         q.open(tmp_path, quantization=entry | {"down": {"group_size": 64, "bits": 8}, "kept": {"bits": 4}})
 
 
+def test_quantization_that_is_null(tmp_path):
+    """Checkpoints that are not quantized say so; it means no more than no entry."""
+    write_plain(tmp_path / "model.safetensors", layer() | {"norm.weight": np.ones(3, np.float32)})
+    (tmp_path / "config.json").write_text('{"quantization": null, "quantization_config": null}')
+    opened = q.open(tmp_path)
+    assert (list(opened), list(opened.unquantized)) == (["up"], ["norm.weight"])
+    (tmp_path / "config.json").write_text('{"quantization": 4}')
+    with pytest.raises(ValueError, match=r"^open: .*: quantization in config\.json must be an object, got 4"):
+        q.open(tmp_path)
+
+
 def test_without_a_config_shapes_decide(tmp_path):
     arrays = layer() | layer(("mxfp4", 4, 32), name="m") | layer(("nvfp4", 4, 16), name="n")
     write_plain(tmp_path / "a.safetensors", arrays | layer(("affine", 5, 128), name="five"))
@@ -393,14 +453,19 @@ def test_save_refuses_and_writes_nothing(tmp_path):
         ({"up": FakeOf7Bits(up)}, ValueError, "MLX has no format affine 7 g64"),
         ({"x": np.array(["text"])}, TypeError, "x: <U4: safetensors has no such type"),
         ({1: np.ones(2)}, TypeError, "names are texts, got 1"),
+        (
+            {"up": q.QTensor.quantize(np.ones((2, 60), np.float32), pad=True)},
+            ValueError,
+            "up: its rows of 60 are padded to 64, which files of MLX cannot say",
+        ),
     ]:
-        with pytest.raises(error, match=text):
+        with pytest.raises(error, match=f"^save_mlx: {text}"):
             q.save_mlx(tmp_path / "m", tensors)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "m").mkdir()
     q.save_mlx(tmp_path / "m", {"up": up})  # an empty folder is as good as none
     before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
-    with pytest.raises(FileExistsError, match="nothing is ever written over"):
+    with pytest.raises(FileExistsError, match=r"^save_mlx: .*nothing is ever written over"):
         q.save_mlx(tmp_path / "m", {"x": np.ones(2)})
     assert {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -445,7 +510,7 @@ LIES = {
 def test_safetensors_header_that_lies(name, tmp_path):
     pytest.importorskip("safetensors", reason="needs safetensors")
     (tmp_path / "model.safetensors").write_bytes(LIES[name])
-    with pytest.raises(ValueError, match=r"model\.safetensors: "):
+    with pytest.raises(ValueError, match=r"^open: .*model\.safetensors: "):
         q.open(tmp_path)
 
 
@@ -570,6 +635,36 @@ def test_gguf_s_plain_and_unsupported_tensors(tmp_path, rng):
     np.testing.assert_array_equal(opened.decode("blk.0.Q6_K.weight"), gguf.dequantize(raw["Q6_K"], kind))
     with pytest.raises(ValueError, match=r"blk\.0\.Q8_K\.weight: "):
         opened.decode("blk.0.Q8_K.weight")
+
+
+@pytest.mark.parametrize("ending", [".scale", ".weight.scale"])
+def test_nvfp4_with_a_scale_of_the_whole(ending, tmp_path, rng):
+    """The scale is a tensor beside the codes, which multiplies all of them. Half a unit of its last place is lost in
+    2688 times it, another in that divided again, and every value rounds once here and once in what is expected."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf")
+    blocks, number = blocks_of(gguf, "NVFP4", rng)
+    scales = {"up": np.float32([0.3]), "experts": np.float32([0.3, 0.2]), "wrong": np.float32([np.inf])}
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "test")
+    for name, scale in scales.items():
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=number)
+        writer.add_tensor(name + ending, scale)
+    writer.add_tensor("up.input_scale", np.ones(1, np.float32))  # of activations
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    opened = q.open(tmp_path / "x.gguf")
+    assert list(opened) == ["up"]
+    assert sorted(opened.unquantized) == sorted(["up.input_scale", f"experts{ending}", f"wrong{ending}"])
+    reasons = {entry.name: entry.reason for entry in opened.unsupported}
+    assert reasons == {
+        f"{name}.weight": f"NVFP4: {name}{ending} is not one finite, positive F32 number"
+        for name in ("experts", "wrong")
+    }
+    expected = gguf.dequantize(blocks, number).astype(np.float64) * np.float64(scales["up"][0])
+    assert opened["up"].global_scale == pytest.approx(2688 * 0.3, rel=2**-23)
+    np.testing.assert_allclose(np.asarray(opened["up"]), expected, rtol=4 * 2**-24, atol=0)
+    np.testing.assert_allclose(opened.decode("up.weight"), expected, rtol=2**-24, atol=0)
 
 
 def test_names_that_differ_by_their_suffix(tmp_path, rng):

@@ -315,6 +315,14 @@ experts, chosen = [np.stack([a] * 3) for a in weights], np.arange(len(x)) % 3
 def call(): q.affine_gather_qmm_rhs(x, *experts, chosen)
 def call_small(): q.affine_gather_qmm_rhs(x[:1], *experts, chosen[:1])
 """,
+    "indices": """
+experts = q.affine_quantize(np.ones((1, 32), np.float32), 32)
+experts = [np.lib.stride_tricks.as_strided(a, (1 << 20, *a.shape), (0, *a.strides)) for a in experts]
+x, chosen = np.ones((1, 1, 32), np.float32), np.random.default_rng(0).integers(1 << 20, size=1 << 23)
+nought = np.zeros(1, np.int64)
+def call(): q.affine_gather_qmm(x, *experts, nought, chosen)  # they are sorted for half a second
+def call_small(): q.affine_gather_qmm(x, *experts, nought, chosen[:1])
+""",
     "quantize": """
 w = np.lib.stride_tricks.as_strided(np.ones(1 << 12, np.float32), (1 << 17, 1 << 12), (0, 4))
 out = [np.lib.stride_tricks.as_strided(np.zeros((1 << 17) * 512 + 512, t), (1 << 17, n), (4 * n, 4))

@@ -12,9 +12,6 @@
 #include "threads.h"
 #include "weights.h"
 
-/* From so many rows on, transposing the codes pays (exact class). */
-enum { MIN_PREFILL = 8 };
-
 /* Rows of a segment; outputs of a tile of theirs stand on the stack. In the float class bits depend on the kernel and
  * on the height of its tiles of rows: segments cut for the threads' sake have at least half of MIN_ROWS rows, whose
  * tiles are all of one kind (matmul_float.c), and what is cut otherwise is the same for every number of threads. */
@@ -27,9 +24,8 @@ _Static_assert(MAX_ROWS_T *QZ_PREFILL_ROWS <= TILE_FLOATS && MAX_ROWS_T * QZ_FLO
 enum { MAX_SEGMENTS = 256, MAX_SLOTS = 1024 };
 static const size_t prepared_bytes = (size_t)4 << 20;
 
-/* Multiplications in a piece of work that make it worth handing out (some 20 microseconds), and those after which
- * signals should be looked for (some 20 milliseconds of the slowest kernels of each class). */
-static const double worthwhile = 400000, longest = 1 << 24, longest_float = 1 << 26;
+/* Multiplications after which signals should be looked for: some 20 ms of the slowest kernels of each class. */
+static const double longest = 1 << 24, longest_float = 1 << 26;
 
 /* How a row of x is prepared, and by which kernels multiplied: as float32, for either kernel of the exact class, or for
  * few rows of the float class. */
@@ -62,7 +58,7 @@ typedef struct gather {
     ptrdiff_t m, total;            /* rows of a matrix of x, and of all of y */
     const ptrdiff_t *order;        /* matrices of y by their weights */
     ptrdiff_t runs;                /* distinct weights */
-    ptrdiff_t tile, tiles, most;
+    ptrdiff_t threads, tile, tiles, most;
     size_t stride, staged; /* bytes from slot to slot; the float32 row, if x is not read in place, stands at `staged` */
     int in_place;
     char *x, *record, *words; /* slots; one for the definition; a copy of words that are apart */
@@ -79,30 +75,58 @@ typedef struct gather {
 
 /* ---- order ---- */
 
-/* Sorts 0 ... count - 1 by keys, equal ones in order: by some bits at a time, lowest first. Returns one of the two
- * arrays. Sets *runs to the number of distinct keys. */
-static const ptrdiff_t *sort_by(const ptrdiff_t *keys, ptrdiff_t count, ptrdiff_t *order, ptrdiff_t *other,
-                                ptrdiff_t *runs) {
-    enum { BITS = 11, RADIX = 1 << BITS };
-    ptrdiff_t most = 0;
-    int sorted = 1;
-    for (ptrdiff_t i = 0; i < count; i++) {
-        order[i] = i;
-        most = keys[i] > most ? keys[i] : most;
-        sorted = sorted && (i == 0 || keys[i - 1] <= keys[i]);
+/* 0 ... count - 1 on their way to be sorted by keys, equal ones in order: by some bits at a time, lowest first. */
+enum { SORT_BITS = 11, RADIX = 1 << SORT_BITS };
+typedef struct sorting {
+    const ptrdiff_t *keys;
+    ptrdiff_t *order, *other; /* as they are, and as the present pass leaves them */
+    ptrdiff_t most, runs;     /* the largest key; distinct keys */
+    int shift, sorted;
+    ptrdiff_t *starts; /* of each digit in `other` */
+} sorting;
+
+static void scan_keys(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    sorting *s = context;
+    for (ptrdiff_t i = begin; i < end; i++) {
+        s->order[i] = i;
+        s->most = s->keys[i] > s->most ? s->keys[i] : s->most;
+        s->sorted = s->sorted && (i == 0 || s->keys[i - 1] <= s->keys[i]);
     }
-    for (int shift = 0; !sorted && most >> shift > 0; shift += BITS) {
-        ptrdiff_t starts[RADIX + 1] = {0};
-        for (ptrdiff_t i = 0; i < count; i++) starts[(keys[i] >> shift) % RADIX + 1]++;
+}
+
+static void count_digits(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    sorting *s = context;
+    for (ptrdiff_t i = begin; i < end; i++) s->starts[(s->keys[i] >> s->shift) % RADIX + 1]++;
+}
+
+static void move_by_digit(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    sorting *s = context;
+    for (ptrdiff_t i = begin; i < end; i++)
+        s->other[s->starts[(s->keys[s->order[i]] >> s->shift) % RADIX]++] = s->order[i];
+}
+
+static void count_runs(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    sorting *s = context;
+    for (ptrdiff_t i = begin; i < end; i++) s->runs += i == 0 || s->keys[s->order[i]] != s->keys[s->order[i - 1]];
+}
+
+/* Sorts `order` with the help of `other`; either may hold the result in the end. `run` has one thread: a step goes
+ * through its elements from the first to the last, and stops where signals ask it to. */
+static qz_status sort(sorting *s, ptrdiff_t count, const qz_run *run) {
+    enum { PIECE = 1 << 16 };
+    ptrdiff_t starts[RADIX + 1];
+    s->starts = starts;
+    qz_status status = qz_parallel(scan_keys, s, count, PIECE, run);
+    for (; status == QZ_OK && !s->sorted && s->most >> s->shift > 0; s->shift += SORT_BITS) {
+        memset(starts, 0, sizeof starts);
+        status = qz_parallel(count_digits, s, count, PIECE, run);
         for (int digit = 0; digit < RADIX; digit++) starts[digit + 1] += starts[digit];
-        for (ptrdiff_t i = 0; i < count; i++) other[starts[(keys[order[i]] >> shift) % RADIX]++] = order[i];
-        ptrdiff_t *former = order;
-        order = other;
-        other = former;
+        if (status == QZ_OK) status = qz_parallel(move_by_digit, s, count, PIECE, run);
+        ptrdiff_t *former = s->order;
+        s->order = s->other;
+        s->other = former;
     }
-    *runs = 1;
-    for (ptrdiff_t i = 1; i < count; i++) *runs += keys[order[i]] != keys[order[i - 1]];
-    return order;
+    return status == QZ_OK ? qz_parallel(count_runs, s, count, PIECE, run) : status;
 }
 
 static ptrdiff_t matrix_of_row(const gather *g, ptrdiff_t row) { return g->args->rhs[g->order[row / g->m]]; }
@@ -115,15 +139,23 @@ static ptrdiff_t y_row(const gather *g, ptrdiff_t row) { return g->order[row / g
 
 static form form_of_rows(const gather *g, ptrdiff_t m) {
     if (!g->product->transpose) return PLAIN;
-    if (g->product->digits > 0) return m < MIN_PREFILL ? DECODE : PREFILL;
+    if (g->product->digits > 0) return m < QZ_MIN_PREFILL ? DECODE : PREFILL;
     return g->run_last - g->run_first <= QZ_FLOAT_FEW ? FEW : PLAIN;
 }
 
-/* The run that begins at this row, and its segments, nearly all of one size. */
+/* The run that begins at this row, and its segments, nearly all of one size. As rows are sorted, its end is found in
+ * steps that double until they overshoot, and then halve. */
 static void begin_run(gather *g, ptrdiff_t first) {
     const ptrdiff_t matrix = matrix_of_row(g, first);
-    ptrdiff_t last = first;
-    while (last < g->total && matrix_of_row(g, last) == matrix) last += g->m;
+    ptrdiff_t last = first, step = g->m;
+    while (step < g->total - last && matrix_of_row(g, last + step) == matrix) {
+        last += step;
+        step *= 2;
+    }
+    for (; step >= g->m; step /= 2) {
+        if (step < g->total - last && matrix_of_row(g, last + step) == matrix) last += step;
+    }
+    last += g->m;
     g->run_first = first;
     g->run_last = last;
     g->part = 0;
@@ -255,8 +287,8 @@ static qz_status multiply_segments(gather *g, const qz_run *run) {
     double rows = 0;
     for (ptrdiff_t i = 0; i < g->count; i++) rows += (double)g->segments[i].m;
     const double work = rows / (double)g->count * (double)g->tile * (double)g->k;
-    const ptrdiff_t grain = work < worthwhile ? (ptrdiff_t)(worthwhile / (work + 1)) + 1 : 1;
-    return qz_parallel(multiply_pieces, g, g->count * g->tiles, grain, run);
+    const ptrdiff_t pieces = g->count * g->tiles, grain = qz_product_grain(pieces, work, g->threads);
+    return qz_parallel(multiply_pieces, g, pieces, grain, run);
 }
 
 /* Rows with NaN or Inf, one after the other, by the scalar definition. */
@@ -311,7 +343,7 @@ static void size_slots(gather *g) {
     size_t size = 0;
     if (a->transpose && a->digits > 0) {
         const size_t few = kernel_of(g, DECODE)->prepared_size(g->k), many = kernel_of(g, PREFILL)->prepared_size(g->k);
-        size = g->total >= MIN_PREFILL && many > few ? many : few;
+        size = g->total >= QZ_MIN_PREFILL && many > few ? many : few;
     } else if (a->transpose) {
         size = g->kernels->plain.prepared_size(g->k, g->group_size);
     }
@@ -327,16 +359,16 @@ static void size_slots(gather *g) {
 }
 
 /* Sets tiles, and how many rows a segment has at most. */
-static void share_out(gather *g, ptrdiff_t threads) {
+static void share_out(gather *g) {
     const qz_matmul_args *a = g->product;
-    const double pieces = 4.0 * (double)threads, runs = (double)g->runs;
+    const double pieces = 4.0 * (double)g->threads, runs = (double)g->runs;
     const int transpose = a->transpose, exact = a->digits > 0;
     g->tile = transpose ? QZ_PREFILL_ROWS : exact ? QZ_TILE_COLUMNS : QZ_FLOAT_OUTPUTS_N;
     _Static_assert((int)QZ_PREFILL_ROWS == (int)QZ_FLOAT_OUTPUTS, "one tile for both classes");
     while (!transpose && exact && g->tile > g->group_size && (double)(g->n / g->tile) * runs < pieces) g->tile /= 2;
     g->tiles = (g->n + g->tile - 1) / g->tile;
     g->most = transpose ? MAX_ROWS_T : exact ? MAX_ROWS_N : MAX_ROWS_FLOAT_N;
-    if (threads > 1) {
+    if (g->threads > 1) {
         const double few = (double)g->tiles * (double)g->total / pieces;
         if (few < (double)g->most) g->most = few > MIN_ROWS ? (ptrdiff_t)few : MIN_ROWS;
     }
@@ -345,16 +377,26 @@ static void share_out(gather *g, ptrdiff_t threads) {
     if (g->most > g->max_slots) g->most = g->max_slots;
 }
 
-/* All scratch of a call, taken before anything is written. */
+/* Brings the matrices of y into order. */
+static qz_status take_order(gather *g, qz_arena *arena, const qz_run *run) {
+    const size_t size = (size_t)g->args->count * sizeof(ptrdiff_t);
+    const qz_run alone = {1, run->poll, run->poll_context};
+    sorting s = {.keys = g->args->rhs, .sorted = 1};
+    s.order = qz_arena_take(arena, size);
+    s.other = qz_arena_take(arena, size);
+    if (!s.order || !s.other) return QZ_NO_MEMORY;
+    const qz_status status = sort(&s, g->args->count, &alone);
+    g->order = s.order;
+    g->runs = s.runs;
+    return status;
+}
+
+/* All other scratch of a call, taken before anything is written. */
 static int take_scratch(gather *g, qz_arena *arena) {
     const qz_matmul_args *a = g->product;
     const qz_array *w = &a->w;
     const ptrdiff_t count = g->args->count, matrices = qz_count(&a->x, a->x.ndim - 2);
     const int defined = a->transpose && a->digits > 0, apart = qz_words_are_apart(w);
-    ptrdiff_t *order = qz_arena_take(arena, (size_t)count * sizeof *order);
-    ptrdiff_t *other = qz_arena_take(arena, (size_t)count * sizeof *other);
-    if (!order || !other) return 0;
-    g->order = sort_by(g->args->rhs, count, order, other, &g->runs);
     size_slots(g);
     g->x = qz_arena_take(arena, (size_t)g->max_slots * g->stride);
     g->slots = qz_arena_take(arena, (size_t)g->max_slots * sizeof *g->slots);
@@ -380,18 +422,17 @@ qz_status qz_cpu_gather(const qz_plan *plan, const qz_gather_args *args, const q
     g.kernels = plan->kernels->format(a->format, a->group_slot);
     g.group_size = qz_formats[a->format].group_sizes[a->group_slot];
     g.m = a->x.shape[a->x.ndim - 2];
+    g.threads = run->threads ? run->threads : qz_get_num_threads();
     g.total = args->count * g.m;
     if (g.total == 0 || g.n == 0) return QZ_OK;
     qz_arena arena;
     qz_arena_open(&arena);
-    qz_status status = QZ_NO_MEMORY;
-    if (take_scratch(&g, &arena)) {
-        share_out(&g, run->threads ? run->threads : qz_get_num_threads());
-        status = QZ_OK;
-        for (ptrdiff_t row = 0; row < g.total && status == QZ_OK;) {
-            row = lay_out(&g, row);
-            status = multiply_portion(&g, run);
-        }
+    qz_status status = take_order(&g, &arena, run);
+    if (status == QZ_OK && !take_scratch(&g, &arena)) status = QZ_NO_MEMORY;
+    if (status == QZ_OK) share_out(&g);
+    for (ptrdiff_t row = 0; row < g.total && status == QZ_OK;) {
+        row = lay_out(&g, row);
+        status = multiply_portion(&g, run);
     }
     qz_arena_release(&arena);
     return status;

@@ -9,18 +9,11 @@
 #include "threads.h"
 #include "weights.h"
 
-/* From so many rows on, transposing the codes pays. */
-enum { MIN_PREFILL = 8 };
-_Static_assert(MIN_PREFILL <= QZ_DECODE_ROWS + 1, "decode_t takes all rows of x below");
-
 /* Rows of x that are prepared together, and the bytes they may take where a row is long. */
 enum { MAX_ROWS_T = 128, MAX_ROWS_N = 32, MIN_ROWS = 8 };
 static const size_t prepared_bytes = (size_t)4 << 20;
 
-/* Multiplications in one piece of work that make it worth handing out: some 20 microseconds. */
-static const ptrdiff_t worthwhile = 400000;
-
-/* And those after which signals should be looked for, though k be long: some 20 milliseconds of the slowest kernels. */
+/* Multiplications after which signals should be looked for, though k be long: some 20 ms of the slowest kernels. */
 static const double longest = 1 << 24;
 
 /* One weight matrix times some rows of x. Rows are counted through x's batch dimensions. */
@@ -122,7 +115,7 @@ static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     double pieces = (double)c->tile * (double)c->k * (double)c->m / longest;
     if ((double)c->parts < pieces) c->parts = pieces < (double)c->m ? (ptrdiff_t)pieces + 1 : c->m;
     double work = (double)c->tile * (double)c->k * (double)c->m / (double)c->parts;
-    *grain = work < (double)worthwhile ? (ptrdiff_t)((double)worthwhile / (work + 1)) + 1 : 1;
+    *grain = qz_product_grain(c->tiles * c->parts, work, threads);
 }
 
 /* Rows with NaN or Inf, one after the other, by the scalar definition. `record` has room for one prepared row. */
@@ -177,7 +170,7 @@ static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows, qz_arena *arena) {
     const qz_array *w = &a->w;
     size_t k = (size_t)c->k, digits = (size_t)a->digits - 1;
     const qz_format_kernels *definition = qz_definition()->format(a->format, a->group_slot);
-    c->kernel = rows < MIN_PREFILL ? &c->kernels->decode_t[digits] : &c->kernels->prefill_t[digits];
+    c->kernel = rows < QZ_MIN_PREFILL ? &c->kernels->decode_t[digits] : &c->kernels->prefill_t[digits];
     int strided = qz_words_are_apart(w);
     c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4 && qz_is_aligned(&a->x);
     c->in_place = c->in_place && qz_last(&a->x) == c->k;

@@ -16,9 +16,8 @@
 enum { MAX_ROWS_T = 128, MAX_ROWS_N = 64, MIN_ROWS = 8 };
 static const ptrdiff_t prepared_bytes = 4 << 20;
 
-/* Multiplications in a piece of work that make it worth handing out (some 20 microseconds), and those after which
- * signals should be looked for (some 20 milliseconds of the slowest kernels). */
-static const double worthwhile = 400000, longest = 1 << 26;
+/* Multiplications after which signals should be looked for: some 20 milliseconds of the slowest kernels. */
+static const double longest = 1 << 26;
 
 /* One weight matrix times some rows of x, which are counted through x's batch dimensions. x is prepared: for decode_t
  * row by row, else in panels of k, each of them row by row and without gaps, as what the caches hold of it is one panel
@@ -141,8 +140,7 @@ static ptrdiff_t share_out(portion *p, const qz_run *run) {
     if (p->parts < 1) p->parts = 1;
     const double work = (double)p->tile * (double)p->k * (double)p->m, pieces = work / longest;
     if ((double)p->parts < pieces) p->parts = pieces < (double)p->m ? (ptrdiff_t)pieces + 1 : p->m;
-    const double each = work / (double)p->parts;
-    return each < worthwhile ? (ptrdiff_t)(worthwhile / (each + 1)) + 1 : 1;
+    return qz_product_grain(p->tiles * p->parts, work / (double)p->parts, threads);
 }
 
 static qz_status multiply_portion(portion *p, int64_t *polled, const qz_run *run) {

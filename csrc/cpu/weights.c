@@ -7,6 +7,22 @@
 #include "rows.h"
 #include "threads.h"
 
+/* What a product must have to be worth the hand-over to threads that wait, a microsecond, or may have gone to sleep. A
+ * hand-over brings some 5 microseconds' work at least, so that of a small product something is left for a thread that
+ * comes late, and some 30 at most: weights that follow each other are then long enough for the memory to run ahead. */
+static const double worth_sharing = 240000, least_taken = 60000, most_taken = 400000;
+enum { SHARES = 16 }; /* of each thread, in between */
+
+ptrdiff_t qz_product_grain(ptrdiff_t pieces, double multiplications, ptrdiff_t threads) {
+    const double work = (double)pieces * multiplications, share = work / (SHARES * (double)threads);
+    const double taken = share < least_taken ? least_taken : share < most_taken ? share : most_taken;
+    if (work < worth_sharing) return pieces;
+    if (multiplications >= taken) return 1;
+    ptrdiff_t even = (ptrdiff_t)(work / taken);
+    if (even > threads) even -= even % threads; /* an odd one would keep the others waiting */
+    return (pieces + even - 1) / even;
+}
+
 static ptrdiff_t packed_length(const qz_matmul_args *args) {
     return qz_last(&args->scales) * qz_formats[args->format].group_sizes[args->group_slot];
 }

@@ -4,6 +4,13 @@
 
 #include "cpu.h"
 
+/* From so many rows of x on, transposing the codes pays in the exact class. */
+enum { QZ_MIN_PREFILL = 8 };
+_Static_assert(QZ_MIN_PREFILL <= QZ_DECODE_ROWS + 1, "decode_t takes all rows of x below");
+
+/* How many pieces of work, each of so many multiplications, a thread should take at a time. */
+ptrdiff_t qz_product_grain(ptrdiff_t pieces, double multiplications, ptrdiff_t threads);
+
 /* K and N of the weights: whole groups, of which x or y may hold fewer by less than a group. */
 ptrdiff_t qz_padded_inputs(const qz_matmul_args *args);
 ptrdiff_t qz_padded_outputs(const qz_matmul_args *args);

@@ -278,10 +278,24 @@ static int kind_of_integers(PyObject *array) {
     return letter == 'i' || letter == 'u' ? (int)letter : 0;
 }
 
+/* Whether a list or tuple holds nothing, though it may hold lists of nothing: NumPy reads that as float64 and takes it
+ * for indices all the same. -1 with an exception set. */
+static int is_empty_sequence(PyObject *object, PyObject *array) {
+    if (!PyList_Check(object) && !PyTuple_Check(object)) return 0;
+    PyObject *size = PyObject_GetAttrString(array, "size");
+    const int empty = size ? PyObject_Not(size) : -1;
+    Py_XDECREF(size);
+    return empty;
+}
+
 int qz_take_indices(view *v, const call *c, const char *name, PyObject *object, int *is_unsigned) {
     PyObject *array = PyObject_CallFunctionObjArgs(c->state->asarray, object, NULL), *copy = NULL;
     if (!array && clear_unless_serious() < 0) return -1;
-    const int kind = array ? kind_of_integers(array) : 0;
+    int kind = array ? kind_of_integers(array) : 0;
+    if (array && kind == 0) {
+        kind = is_empty_sequence(object, array);
+        if (kind > 0) kind = 'i';
+    }
     if (kind > 0) copy = PyObject_CallMethod(array, "astype", "ss", kind == 'u' ? "u8" : "i8", "C");
     Py_XDECREF(array);
     if (kind == 0) return raise_dtype(c, name, object, "integers");

@@ -47,6 +47,9 @@ static int raise_index(const call *c, const char *name, const indices *from, ptr
     return -1;
 }
 
+/* How many indices are looked at between two looks for signals: some milliseconds' worth. */
+enum { PIECE = 1 << 20 };
+
 /* Takes the indices into an operand's batch, all of them checked, once. Negative ones count from the end. */
 static int take_indices(indices *to, const call *c, const char *name, PyObject *object, const char *operand_name,
                         const qz_array *operand) {
@@ -64,6 +67,7 @@ static int take_indices(indices *to, const call *c, const char *name, PyObject *
     const ptrdiff_t count = to->view.buffer.len / (ptrdiff_t)sizeof *values;
     to->values = values;
     for (ptrdiff_t i = 0; i < count; i++) {
+        if (i % PIECE == PIECE - 1 && PyErr_CheckSignals() < 0) return -1;
         const int below = values[i] < 0;
         if (below ? is_unsigned || values[i] < -bound : values[i] >= bound)
             return raise_index(c, name, to, i, is_unsigned, operand_name, bound);
@@ -98,8 +102,8 @@ static int join_indices(const call *c, const char *const *names, const qz_array 
     return ndim;
 }
 
-/* The indices for a broadcast shape, one after the other in C order. */
-static void spread(ptrdiff_t *to, const indices *from, int ndim, const ptrdiff_t *shape, ptrdiff_t count) {
+/* The indices for a broadcast shape, one after the other in C order. -1 if a signal's handler raised. */
+static int spread(ptrdiff_t *to, const indices *from, int ndim, const ptrdiff_t *shape, ptrdiff_t count) {
     const qz_array *a = &from->view.array;
     ptrdiff_t steps[QZ_MAX_DIMS], at[QZ_MAX_DIMS] = {0}, step = 1, place = 0;
     for (int i = ndim - 1; i >= 0; i--) {
@@ -108,6 +112,7 @@ static void spread(ptrdiff_t *to, const indices *from, int ndim, const ptrdiff_t
         if (own >= 0) step *= a->shape[own];
     }
     for (ptrdiff_t i = 0; i < count; i++) {
+        if (i % PIECE == PIECE - 1 && PyErr_CheckSignals() < 0) return -1;
         to[i] = from->values ? (ptrdiff_t)from->values[place] : place;
         for (int axis = ndim - 1; axis >= 0; axis--) {
             place += steps[axis];
@@ -116,6 +121,7 @@ static void spread(ptrdiff_t *to, const indices *from, int ndim, const ptrdiff_t
             at[axis] = 0;
         }
     }
+    return 0;
 }
 
 /* Takes x and the stored arrays. In products of rows, x gets an axis of one row, which the result does not have. */
@@ -144,8 +150,8 @@ static int run(const plan_object *plan, gather_views *v, qz_gather_args *job, in
     for (int i = 0; i < ndim; i++) count *= shape[i];
     v->places = PyMem_Malloc((size_t)count * 2 * sizeof *v->places);
     if (!v->places) return PyErr_NoMemory(), -1;
-    spread(v->places, &v->lhs, ndim, shape, count);
-    spread(v->places + count, &v->rhs, ndim, shape, count);
+    if (spread(v->places, &v->lhs, ndim, shape, count) < 0) return -1;
+    if (spread(v->places + count, &v->rhs, ndim, shape, count) < 0) return -1;
     job->lhs = v->places;
     job->rhs = v->places + count;
     job->count = count;

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import _gguf
+from ._errors import names_itself
 from ._formats import Format, as_format, known_formats
 from ._qtensor import QTensor
 from ._report import Skipped, skipped_text
@@ -89,6 +90,7 @@ class Checkpoint(Mapping[str, QTensor]):
         self.unquantized: Mapping[str, np.ndarray] = _Lazy(unquantized)
         self._layers, self._decoders = layers, decoders
 
+    @names_itself("Checkpoint")
     def __getitem__(self, name: str) -> QTensor:
         return self._layers[name].load()
 
@@ -98,6 +100,7 @@ class Checkpoint(Mapping[str, QTensor]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    @names_itself("Checkpoint.decode")
     def decode(self, name: str) -> np.ndarray:
         """Decode a tensor of a GGUF file to float32 by the code of the library gguf, which knows more types.
 
@@ -141,6 +144,7 @@ class Checkpoint(Mapping[str, QTensor]):
         return "\n".join(lines)
 
 
+@names_itself("open")
 def open(path: str | Path, *, quantization: Mapping[str, Any] | None = None) -> Checkpoint:
     """Open the quantized matrices of an MLX checkpoint or of a GGUF file.
 
@@ -172,6 +176,8 @@ def open(path: str | Path, *, quantization: Mapping[str, Any] | None = None) -> 
     -----
     Of GGUF, the types Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, TQ1_0, TQ2_0, MXFP4 and NVFP4 are held exactly: the
     values are those that gguf decodes (a zero is never negative). Scales are float16 where that is exact, else float32.
+    A tensor of NVFP4 whose scale as a whole is a tensor beside it, of one number and named with ``.scale`` at the end,
+    has it in its `global_scale`, 2688-fold, as MLX has it: its values are exact but for float32's rounding of that.
 
     Examples
     --------
@@ -190,12 +196,13 @@ def open(path: str | Path, *, quantization: Mapping[str, Any] | None = None) -> 
         return _open_gguf(path)
     if not path.is_dir() and path.suffix.lower() != ".safetensors":
         if not path.exists():
-            raise FileNotFoundError(f"open: there is no {path}")
-        raise ValueError(f"open: {path} is no folder, .safetensors or .gguf file")
+            raise FileNotFoundError(f"there is no {path}")
+        raise ValueError(f"{path} is no folder, .safetensors or .gguf file")
     tensors = {name: tensor for file in find_shards(path) for name, tensor in file.items()}
     config = read_config(path)
     if quantization is None:
-        quantization = config.get("quantization", {})
+        quantization = config.get("quantization")
+        quantization = {} if quantization is None else quantization  # null says no more than nothing
     return _open_mlx(path, tensors, quantization, config)
 
 
@@ -363,11 +370,18 @@ def _infer(layer: str, weight: StoredTensor, scales: StoredTensor) -> tuple[str,
 def _open_gguf(path: Path) -> Checkpoint:
     tensors, fields = _gguf.read_gguf(path)
     layers, unquantized, unsupported, decoders = {}, {}, [], {}
-    names = {tensor.name for tensor in tensors}
+    names = {tensor.name: tensor for tensor in tensors}
     for tensor in tensors:
         if tensor.is_plain:
             unquantized[tensor.name] = tensor.array
+    for tensor in tensors:
+        if tensor.is_plain:
             continue
+        if tensor.type == "NVFP4":  # llama.cpp writes the scale of a whole tensor beside it
+            beside = (f"{tensor.name.removesuffix('.weight')}.scale", f"{tensor.name}.scale")
+            tensor.scale = next((names[name] for name in beside if name in names), None)
+            if tensor.scale and tensor.factor is not None:
+                unquantized.pop(tensor.scale.name, None)
         decoders[tensor.name] = tensor.decode
         if (found := tensor.format) is not None:
             layer = tensor.name.removesuffix(".weight")

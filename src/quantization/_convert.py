@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ._checkpoint import find_shards, read_config
+from ._errors import names_itself
 from ._formats import Format, as_format
 from ._report import Skipped, row_blocks
 from ._safetensors import Put, StoredTensor, TensorSpec, dtype_of, replaced_file, tag_of, write_safetensors
@@ -71,7 +72,7 @@ class _Step:
         bad = block.size - int(np.isfinite(block).sum())
         if bad:
             raise ValueError(
-                f"convert: {self.tensor.name} has values that are NaN or infinite; to keep it as it is: "
+                f"{self.tensor.name} has values that are NaN or infinite; to keep it as it is: "
                 f"--override '{self.tensor.name.removesuffix('.weight')}=false'"
             )
         return self.target.encode(block, profile=self.profile)
@@ -88,6 +89,7 @@ class Converted:
     """Bytes of all tensors that were written."""
 
 
+@names_itself("convert")
 def convert(
     source: str | Path,
     target: str | Path,
@@ -125,11 +127,11 @@ def convert(
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
-        raise NotADirectoryError(f"convert: {source} is no folder")
+        raise NotADirectoryError(f"{source} is no folder")
     shards = find_shards(source)
     config = read_config(source)
     if not config:
-        raise ValueError(f"convert: {source} has no config.json, which mlx-lm needs")
+        raise ValueError(f"{source} has no config.json, which mlx-lm needs")
     _check_float(source, shards, config)
     rounded = None if dtype is None else dtype_of({"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[dtype])
     patterns = dict(overrides or {})
@@ -162,12 +164,12 @@ def convert(
 
 
 def _check_float(source: Path, shards: Sequence[Mapping[str, StoredTensor]], config: Mapping[str, Any]) -> None:
-    if "quantization" in config or "quantization_config" in config:
-        raise ValueError(f"convert: {source} is quantized already, says its config.json")
+    if any(config.get(name) is not None for name in ("quantization", "quantization_config")):
+        raise ValueError(f"{source} is quantized already, says its config.json")
     for shard in shards:
         for name in shard:
             if name.endswith(".scales"):
-                raise ValueError(f"convert: {source} is quantized already: it has {name}")
+                raise ValueError(f"{source} is quantized already: it has {name}")
 
 
 def _identity(file: Path) -> list[Any]:
@@ -198,7 +200,7 @@ def _plan(
             plan.append(_Step(tensor, None if reason else chosen, *settings))
         plans.append(plan)
     if unused:
-        raise ValueError(f"convert: no layer has a name like {', '.join(sorted(unused))}")
+        raise ValueError(f"no layer has a name like {', '.join(sorted(unused))}")
     return plans, formats, skipped
 
 

@@ -41,10 +41,7 @@ class Format:
         """Call ``<mode>_<suffix>``: the one place where a format's functions are looked up."""
         if self.sized:
             options.update(group_size=self.group_size, bits=self.bits)
-        function = getattr(_package, f"{self.mode}_{suffix}", None)
-        if function is None:
-            raise NotImplementedError(f"{self.mode}_{suffix} is not part of this version of quantization")
-        return function(*arrays, **options)
+        return getattr(_package, f"{self.mode}_{suffix}")(*arrays, **options)
 
     def encode(
         self, w: np.ndarray, *, scale_dtype: Any = None, profile: str = "metal", **options: Any

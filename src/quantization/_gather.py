@@ -127,7 +127,8 @@ def affine_gather_qmm(
         Of w's shape but for its last axis, which has an element for each group.
     lhs_indices, rhs_indices : array_like of integers, optional
         Which matrices of x and of w, counted through their batch dimensions in C order; negative ones count from the
-        end, as in NumPy. The shapes of both broadcast. Left out: every one, in the shape of the batch.
+        end, as in NumPy. The shapes of both broadcast. Left out: every one, in the shape of the batch. An empty list is
+        an empty array, as to `numpy.take`: of nothing, nothing is picked.
     transpose : bool
         Whether W is transposed: its groups run along K then, else along N.
     group_size, bits : int, optional

@@ -140,6 +140,7 @@ _BLOCK_TYPES = {
     "MXFP4": _BlockType(("mxfp4", 4, 32), _mxfp4),
     "NVFP4": _BlockType(("nvfp4", 4, 16), _nvfp4),
 }
+_LARGEST_NVFP4 = 2688  # 448 * 6: a global scale stands for so many times the factor that it means
 _PLAIN_TYPES = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 
 
@@ -152,20 +153,34 @@ class Tensor:
         self.nbytes = int(entry.n_bytes)
         self.is_plain = self.type in _PLAIN_TYPES
         self._data, self._block = np.asarray(entry.data), block
+        self.scale: Tensor | None = None
+        """A tensor of numbers that count for this whole one, of type NVFP4."""
 
     @property
     def format(self) -> Format | None:
         """The format that holds it exactly, None if there is none."""
+        if self.scale and self.factor is None:
+            return None
         target = _BLOCK_TYPES[self.type].target if self.type in _BLOCK_TYPES else None
         return next((f for f in known_formats() if (f.mode, f.bits, f.group_size) == target), None)
 
     @property
     def reason(self) -> str:
         """Why there is no such format."""
+        if self.scale and self.factor is None:
+            return f"{self.type}: {self.scale.name} is not one finite, positive F32 number"
         if self.type in _BLOCK_TYPES:
             return f"{self.type}: needs {_BLOCK_TYPES[self.type].target[0]}, which this version lacks"
         groups = " (its groups are of 16)" if self.type in ("Q2_K", "Q3_K", "Q6_K") else ""
         return f"{self.type}: no format here holds it exactly{groups}"
+
+    @property
+    def factor(self) -> np.float32 | None:
+        """What `scale` says, if it is what a global scale can say."""
+        if self.scale is None or self.scale.type != "F32" or math.prod(self.scale.shape) != 1:
+            return None
+        number: np.float32 = self.scale.array().reshape(-1)[0]
+        return number if 0 < number < np.finfo(np.float32).max / _LARGEST_NVFP4 else None
 
     def array(self) -> np.ndarray:
         """View the numbers of a plain type."""
@@ -175,13 +190,14 @@ class Tensor:
         return self._data
 
     def decode(self) -> np.ndarray:
-        """Float32 values of any type that gguf decodes, by its code."""
+        """Float32 values of any type that gguf decodes, by its code, which leaves `scale` to its callers."""
         library = require("gguf", "io")
         try:
             decoded: np.ndarray = library.dequantize(self._data, library.GGMLQuantizationType[self.type])
         except NotImplementedError as error:
             raise ValueError(f"{self.name}: {first_line(error)}") from error
-        return decoded.astype(np.float32, copy=False).reshape(self.shape)
+        decoded = decoded.astype(np.float32, copy=False).reshape(self.shape)
+        return decoded if self.factor is None else decoded * self.factor
 
     def load(self) -> QTensor:
         """Move the blocks over to MLX's layout."""
@@ -196,7 +212,8 @@ class Tensor:
         scales, biases = _narrowed(scales, biases)
         parts = [part if part is None else part.reshape(*self.shape[:-1], -1) for part in (scales, biases)]
         packed = pack_codes(codes.reshape(self.shape), bits)
-        return QTensor(packed, *parts, mode=mode, bits=bits, group_size=group_size)
+        overall = None if self.factor is None else _LARGEST_NVFP4 * float(self.factor)
+        return QTensor(packed, *parts, mode=mode, bits=bits, group_size=group_size, global_scale=overall)
 
 
 def _narrowed(scales: np.ndarray, biases: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:

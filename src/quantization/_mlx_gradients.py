@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _mlx_rules as rules
+from ._errors import names_itself
 
 __all__ = ["gather_qmm_vjp", "quantized_matmul_vjp"]
 
@@ -163,6 +164,7 @@ def _of_x(op: str, cotangent: np.ndarray, x: np.ndarray, weights: rules.Weights,
     return _sum_to(rules.multiply(op, cotangent, weights, not transpose), x.shape)
 
 
+@names_itself("quantized_matmul_vjp")
 def quantized_matmul_vjp(
     cotangent: Any,
     x: Any,
@@ -243,6 +245,7 @@ def _of_gathered_x(
     return _sum_by_index(parts, pairs.lhs, math.prod(x.shape[:-2])).reshape(x.shape)
 
 
+@names_itself("gather_qmm_vjp")
 def gather_qmm_vjp(
     cotangent: Any,
     x: Any,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
 
+from ._errors import names_itself
 from ._formats import Format, as_format
 
 __all__ = ["QTensor"]
@@ -26,13 +28,15 @@ class QTensor:
         If one is given the other is inferred from the shapes; without either, those that MLX takes by default.
     global_scale : float, optional
         Of mode "nvfp4" only, see `nvfp4_quantize`.
+    k : int, optional
+        K, where rows end within their last group, as ``pad=True`` stores them; by default groups are full.
 
     Attributes
     ----------
     codes, scales, biases : numpy.ndarray
         The parts as they were given: no copies. `biases` is None where the mode has none. Those of uint16 hold bits of
         bfloat16; scales of the other modes are uint8.
-    mode, bits, group_size, global_scale
+    mode, bits, group_size, global_scale, k
         As above.
     shape : tuple of int
         Of the matrix that they stand for, (..., N, K).
@@ -64,6 +68,7 @@ class QTensor:
     # NumPy's operators leave `array @ tensor` to the methods here instead of decoding the tensor.
     __array_ufunc__ = None
 
+    @names_itself("QTensor")
     def __init__(
         self,
         codes: Any,
@@ -74,26 +79,29 @@ class QTensor:
         bits: int | None = None,
         group_size: int | None = None,
         global_scale: float | None = None,
+        k: int | None = None,
     ) -> None:
         self.codes, self.scales = np.asarray(codes), np.asarray(scales)
         self.biases = None if biases is None else np.asarray(biases)
         if self.codes.dtype != np.uint32 or self.codes.ndim == 0:
-            raise TypeError(f"QTensor: codes must be an array of uint32, got {self.codes.dtype} of {self.codes.shape}")
+            raise TypeError(f"codes must be an array of uint32, got {self.codes.dtype} of {self.codes.shape}")
         if self.codes.shape[:-1] != self.scales.shape[:-1] or self.scales.ndim == 0:
-            raise ValueError(f"QTensor: codes of {self.codes.shape} do not go with scales of {self.scales.shape}")
+            raise ValueError(f"codes of {self.codes.shape} do not go with scales of {self.scales.shape}")
         self.format = _find_format(mode, bits, group_size, self.codes.shape[-1], self.scales.shape[-1])
         if (self.biases is None) == (mode == "affine"):
-            raise ValueError(f"QTensor: mode {mode!r} {'needs biases' if mode == 'affine' else 'has no biases'}")
+            raise ValueError(f"mode {mode!r} {'needs biases' if mode == 'affine' else 'has no biases'}")
         if self.biases is not None and self.biases.shape != self.scales.shape:
-            raise ValueError(f"QTensor: biases of {self.biases.shape} do not go with scales of {self.scales.shape}")
+            raise ValueError(f"biases of {self.biases.shape} do not go with scales of {self.scales.shape}")
         self.scales = _take_scales(mode, self.scales)
         if self.biases is not None and self.biases.dtype != self.scales.dtype:
-            raise TypeError(f"QTensor: biases of {self.biases.dtype} do not go with scales of {self.scales.dtype}")
+            raise TypeError(f"biases of {self.biases.dtype} do not go with scales of {self.scales.dtype}")
         if global_scale is not None and mode != "nvfp4":
-            raise ValueError(f"QTensor: mode {mode!r} has no global_scale")
+            raise ValueError(f"mode {mode!r} has no global_scale")
         self.global_scale = None if global_scale is None else _take_global_scale(global_scale)
+        self.k = _take_length(k, self.scales.shape[-1], self.group_size)
 
     @classmethod
+    @names_itself("QTensor.quantize")
     def quantize(
         cls, w: Any, mode: str = "affine", *, bits: int | None = None, group_size: int | None = None, **options: Any
     ) -> QTensor:
@@ -107,7 +115,7 @@ class QTensor:
             Where the mode leaves a choice; by default 4 and 64.
         **options
             As the function ``<mode>_quantize`` takes them: `profile`, `scale_dtype`, `mx_scale`, `global_scale`, `pad`
-            (`shape` then counts the zeros too).
+            (the tensor then knows where its rows end).
 
         Returns
         -------
@@ -115,8 +123,8 @@ class QTensor:
         """
         target = as_format((mode, bits, group_size))
         parts = target.call("quantize", w, **options)
-        chosen = options.get("global_scale")
-        return cls(*parts, mode=mode, bits=target.bits, group_size=target.group_size, global_scale=chosen)
+        chosen, k = options.get("global_scale"), np.shape(w)[-1] if options.get("pad") else None
+        return cls(*parts, mode=mode, bits=target.bits, group_size=target.group_size, global_scale=chosen, k=k)
 
     @property
     def mode(self) -> str:
@@ -136,7 +144,12 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix, its last axis counted in elements."""
-        return (*self.scales.shape[:-1], self.scales.shape[-1] * self.group_size)
+        return (*self.scales.shape[:-1], self.k)
+
+    @property
+    def stored_k(self) -> int:
+        """Length of a stored row, in elements: `k` and the zeros that fill its last group."""
+        return self.scales.shape[-1] * self.group_size
 
     @property
     def ndim(self) -> int:
@@ -173,6 +186,7 @@ class QTensor:
         """The transposed matrix, for ``x @ t.T``."""
         return _Transposed(self)
 
+    @names_itself("QTensor.dequantize")
     def dequantize(self, dtype: Any = np.float32) -> np.ndarray:
         """Decode to an array of floats.
 
@@ -185,7 +199,7 @@ class QTensor:
         -------
         numpy.ndarray
         """
-        decoded: np.ndarray = self._call("dequantize", dtype=dtype)
+        decoded: np.ndarray = self._call("dequantize", dtype=dtype, k=None if self.k == self.stored_k else self.k)
         return decoded
 
     def _call(self, suffix: str, *arrays: Any, **options: Any) -> Any:
@@ -196,29 +210,31 @@ class QTensor:
         biases = () if self.biases is None else (self.biases,)
         return self.format.call(suffix, *arrays, self.codes, self.scales, *biases, **options)
 
+    @names_itself("QTensor")
     def __rmatmul__(self, x: Any) -> Any:
-        return self._call("qmm_n", x)
+        return self._call("qmm_n", x, output_features=self.k)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("QTensor: decoding makes a new array: np.asarray(tensor) works, copy=False cannot")
+            raise ValueError("decoding makes a new array: np.asarray(tensor) works, copy=False cannot")
         return self.dequantize().astype(np.float32 if dtype is None else dtype, copy=False)
 
     def __len__(self) -> int:
         return self.shape[0]
 
+    @names_itself("QTensor")
     def __getitem__(self, index: Any) -> QTensor:
         if isinstance(index, tuple) or self.ndim < 2:
-            raise IndexError("QTensor: index the first axis of at least two; the last one is packed")
+            raise IndexError("index the first axis of at least two; the last one is packed")
         parts = (part if part is None else part[index] for part in (self.codes, self.scales, self.biases))
-        return QTensor(
-            *parts, mode=self.mode, bits=self.bits, group_size=self.group_size, global_scale=self.global_scale
-        )
+        sizes = {"bits": self.bits, "group_size": self.group_size, "k": self.k}
+        return QTensor(*parts, mode=self.mode, global_scale=self.global_scale, **sizes)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.shape))
         scales = f", {self.scales.dtype} scales" if self.mode == "affine" else ""
         extra = "" if self.global_scale is None else f", global scale {self.global_scale:g}"
+        extra += "" if self.k == self.stored_k else f", rows padded to {self.stored_k}"
         return (
             f"QTensor({shape}, {self.format}{scales}{extra}, {self.bits_per_weight:.2f} bits/weight, "
             f"{self.nbytes:,} bytes)"
@@ -238,7 +254,11 @@ class _Transposed:
         shape = self.T.shape
         return (*shape[:-2], *shape[-2:][::-1])
 
+    @names_itself("QTensor")
     def __rmatmul__(self, x: Any) -> Any:
+        length = np.shape(x)[-1:]
+        if length and length[0] != self.T.k:  # the product underneath takes any that ends within the last group
+            raise ValueError(f"x.shape[-1] must be {self.T.k}, the length of the matrix's rows, got {length[0]}")
         return self.T._call("qmm_t", x)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -254,16 +274,28 @@ def _take_scales(mode: str, scales: np.ndarray) -> np.ndarray:
     floats, small = ("float32", "float16", "bfloat16", "uint16"), ("uint8", "float8_e8m0fnu", "float8_e4m3fn")
     wanted = floats if mode == "affine" else small
     if scales.dtype.name not in wanted:
-        raise TypeError(f"QTensor: scales of mode {mode!r} must be of {' or '.join(wanted)}, got {scales.dtype}")
+        raise TypeError(f"scales of mode {mode!r} must be of {' or '.join(wanted)}, got {scales.dtype}")
     return scales if mode == "affine" else scales.view(np.uint8)
 
 
 def _take_global_scale(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"QTensor: global_scale must be a number, got {type(value).__name__}")
+        raise TypeError(f"global_scale must be a number, got {type(value).__name__}")
     if not 0 <= value <= float(np.finfo(np.float32).max):
-        raise ValueError(f"QTensor: global_scale must be finite and not negative, got {value}")
+        raise ValueError(f"global_scale must be finite and not negative, got {value}")
     return float(value)
+
+
+def _take_length(k: int | None, groups: int, group_size: int) -> int:
+    """Check the length of rows of so many groups."""
+    full = groups * group_size
+    if k is None:
+        return full
+    k = operator.index(k)
+    least = max(0, full - group_size + 1)
+    if not least <= k <= full:
+        raise ValueError(f"k must be from {least} to {full}, as rows have {groups} groups, got {k}")
+    return k
 
 
 def _find_format(mode: str, bits: int | None, group_size: int | None, words: int, groups: int) -> Format:
@@ -274,7 +306,7 @@ def _find_format(mode: str, bits: int | None, group_size: int | None, words: int
     found = as_format((mode, bits, group_size))
     if 32 * words != groups * found.group_size * found.bits:
         raise ValueError(
-            f"QTensor: {found} has {found.group_size * found.bits // 32} words of codes to each scale, got "
+            f"{found} has {found.group_size * found.bits // 32} words of codes to each scale, got "
             f"{words} words and {groups} scales a row"
         )
     return found

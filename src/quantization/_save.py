@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ._checkpoint import INDEX, Checkpoint
+from ._errors import names_itself
 from ._extras import require
 from ._formats import Format
 from ._qtensor import QTensor
@@ -125,6 +126,7 @@ def _entry(found: Format) -> dict[str, Any]:
     return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode}
 
 
+@names_itself("save_mlx")
 def save_mlx(
     path: str | Path,
     tensors: Mapping[str, Any],
@@ -189,7 +191,7 @@ def _all_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """Layers and unquantized tensors of a checkpoint under one roof, made when they are asked for."""
     if checkpoint.unsupported:
         names = ", ".join(entry.name for entry in checkpoint.unsupported)
-        raise ValueError(f"save_mlx: {checkpoint.path} has unsupported tensors: {names}")
+        raise ValueError(f"{checkpoint.path} has unsupported tensors: {names}")
     parts: list[Any] = [checkpoint, checkpoint.unquantized]
     return ChainMap(*parts)
 
@@ -217,8 +219,13 @@ def _plan(
 
 def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
     if not isinstance(name, str):
-        raise TypeError(f"save_mlx: names are texts, got {name!r}")
+        raise TypeError(f"names are texts, got {name!r}")
     if isinstance(value, QTensor):
+        if value.k != value.stored_k:
+            raise ValueError(
+                f"{name}: its rows of {value.k} are padded to {value.stored_k}, which files of MLX cannot say; a "
+                f"QTensor of the same parts without k is stored as rows of {value.stored_k}"
+            )
         return {f"{name}.{part}": _as_stored(array) for part, array in value.parts.items()}
     array = np.asarray(value)
     return {name: array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))}
@@ -233,7 +240,7 @@ def _spec(name: str, array: np.ndarray) -> TensorSpec:
     try:
         return TensorSpec(name, tag_of(array.dtype), array.shape)
     except ValueError as error:
-        raise TypeError(f"save_mlx: {name}: {error}") from None
+        raise TypeError(f"{name}: {error}") from None
 
 
 def check_names(shards: Sequence[Sequence[TensorSpec]]) -> None:

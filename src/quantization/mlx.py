@@ -27,6 +27,7 @@ import numpy as np
 
 from . import _fp8
 from . import _mlx_rules as rules
+from ._errors import names_itself
 from ._mlx_gradients import gather_qmm_vjp, quantized_matmul_vjp
 
 __all__ = [
@@ -58,6 +59,7 @@ def _check_mx_scale(op: str, mx_scale: str) -> None:
         raise ValueError(f"{op}: mx_scale must be 'up', 'nearest' or 'floor', got {mx_scale!r}")
 
 
+@names_itself("quantize")
 def quantize(
     w: Any,
     /,
@@ -120,6 +122,7 @@ def quantize(
     return _encode(array, form, largest, profile, mx_scale)
 
 
+@names_itself("dequantize")
 def dequantize(
     w: Any,
     /,
@@ -182,6 +185,7 @@ def dequantize(
     return rules.native(mode, "dequantize")(*weights.parts, **options)
 
 
+@names_itself("quantized_matmul")
 def quantized_matmul(
     x: Any,
     w: Any,
@@ -233,6 +237,7 @@ def quantized_matmul(
     return rules.multiply(op, rules.take_floats(op, "x", x), weights, rules.take_flag(op, "transpose", transpose))
 
 
+@names_itself("gather_qmm")
 def gather_qmm(
     x: Any,
     w: Any,
@@ -355,6 +360,7 @@ def _scaled(y: np.ndarray, of_x: float | None, of_w: float | None, x: np.ndarray
     return y.astype(x.dtype, copy=False)
 
 
+@names_itself("qqmm")
 def qqmm(
     x: Any,
     w: Any,
@@ -418,6 +424,7 @@ def qqmm(
     return _scaled(y, of_x, of_w, array)
 
 
+@names_itself("gather_qqmm")
 def gather_qqmm(
     x: Any,
     w: Any,
@@ -489,6 +496,7 @@ def gather_qqmm(
     return _scaled(y, of_x, of_w, array)
 
 
+@names_itself("to_fp8")
 def to_fp8(x: Any) -> Any:
     """Convert floats to FP8 (E4M3).
 
@@ -519,6 +527,7 @@ def to_fp8(x: Any) -> Any:
     return _fp8.to_fp8(rules.take_floats("to_fp8", "x", x))
 
 
+@names_itself("from_fp8")
 def from_fp8(x: Any, dtype: Any = "bfloat16") -> Any:
     """Convert FP8 (E4M3) to floats.
 

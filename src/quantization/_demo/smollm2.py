@@ -7,6 +7,7 @@ Architecture: Touvron et al. 2023 (Llama: RMSNorm, gated SiLU), Su et al. 2021 (
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,9 +132,12 @@ class SmolLM2:
         self._heads = int(fields["llama.attention.head_count"])
         self._groups = int(fields["llama.attention.head_count_kv"])
         self._width = int(fields["llama.rope.dimension_count"])
-        self._epsilon = np.float32(fields["llama.attention.layer_norm_rms_epsilon"])
+        self._epsilon = float(fields["llama.attention.layer_norm_rms_epsilon"])
         self._frequencies = float(fields["llama.rope.freq_base"]) ** -(np.arange(0, self._width, 2) / self._width)
         self._norms = {name: np.array(tensor) for name, tensor in self.checkpoint.unquantized.items()}
+        # Attention divides by sqrt(width) what its rotated queries find in the keys: the rotation does that too.
+        self._scales = np.ones((self._heads + self._groups, 1), np.float32)
+        self._scales[: self._heads] = self._width**-0.5
         self.tokenizer = _read_tokenizer(fields)
         self._end = int(fields["tokenizer.ggml.eos_token_id"])
 
@@ -155,19 +159,15 @@ class SmolLM2:
         x = network.embedding.rows(np.asarray(ids))
         positions = np.arange(cache.length, cache.length + len(ids))
         angles = positions[:, None, None] * self._frequencies
-        rotation = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        for index, (qkv, output, gate_up, down) in enumerate(network.layers):
-            layer = f"blk.{index}."
-            packed = network.multiply(qkv, self._norm(layer + "attn_norm", x))
-            context = self._attention(packed, cache, index, positions, rotation)
-            x = x + network.multiply(output, context)
-            inner = network.multiply(gate_up, self._norm(layer + "ffn_norm", x))
-            gate, up = inner[:, : inner.shape[1] // 2], inner[:, inner.shape[1] // 2 :]
-            with np.errstate(over="ignore"):  # exp(-gate) may be infinite, and the quotient then 0, as it should be
-                inner = gate / (1 + np.exp(-gate)) * up
-            x = x + network.multiply(down, inner)
+        rotation = np.exp(1j * angles).astype(np.complex64) * self._scales
+        with np.errstate(over="ignore"):  # exp(-gate) may be infinite, and the quotient then 0, as it should be
+            for index, (qkv, output, gate_up, down) in enumerate(network.layers):
+                packed = network.multiply(qkv, self._norm(f"blk.{index}.attn_norm.weight", x))
+                x += network.multiply(output, self._attention(packed, cache, index, positions, rotation))
+                inner = network.multiply(gate_up, self._norm(f"blk.{index}.ffn_norm.weight", x))
+                x += network.multiply(down, _gated(inner))
         cache.length += len(ids)
-        return network.multiply(network.embedding, self._norm("output_norm", x[-1:] if last else x))
+        return network.multiply(network.embedding, self._norm("output_norm.weight", x[-1:] if last else x))
 
     def generate(self, prompt: Sequence[int], network: Network, count: int) -> Iterator[int]:
         """Yield the likeliest token, `count` times or until the model ends its turn."""
@@ -181,43 +181,45 @@ class SmolLM2:
             scores = self.logits([token], network, cache)
 
     def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        squares = np.einsum("ij,ij->i", x, x)[:, None]  # a third of the time of square and mean
-        scaled: np.ndarray = x / np.sqrt(squares / np.float32(x.shape[1]) + self._epsilon)
-        scaled *= self._norms[name + ".weight"]
+        scaled: np.ndarray = x * self._norms[name]
+        if len(x) == 1:  # each call of NumPy counts when a single token passes
+            scaled /= math.sqrt(x[0].dot(x[0]) / x.size + self._epsilon)
+        else:
+            squares = np.einsum("ij,ij->i", x, x)[:, None]
+            scaled /= np.sqrt(squares / np.float32(x.shape[1]) + self._epsilon)
         return scaled
 
     def _attention(
-        self,
-        packed: np.ndarray,
-        cache: Cache,
-        layer: int,
-        positions: np.ndarray,
-        rotation: tuple[np.ndarray, np.ndarray],
+        self, packed: np.ndarray, cache: Cache, layer: int, positions: np.ndarray, rotation: np.ndarray
     ) -> np.ndarray:
+        """Attend from queries to all keys so far; `packed` has the queries, keys and values of some tokens."""
         tokens, end = len(packed), cache.length + len(packed)
         heads = packed.reshape(tokens, -1, self._width)
-        turned = _rotate(heads[:, : self._heads + self._groups], *rotation)
-        cache.keys[layer, :, cache.length : end] = turned[:, self._heads :].swapaxes(0, 1)
-        cache.values[layer, :, cache.length : end] = heads[:, self._heads + self._groups :].swapaxes(0, 1)
-        keys, values = cache.keys[layer, :, None, :end], cache.values[layer, :, None, :end]
-        query = turned[:, : self._heads].reshape(tokens, self._groups, -1, self._width)
-        grouped = query.transpose(1, 2, 0, 3)
-        scores = grouped @ keys.swapaxes(2, 3) * np.float32(self._width**-0.5)
+        # Pairs of neighbours, GGUF's order, are complex numbers that their position turns.
+        turned = (heads.view(np.complex64)[:, : self._heads + self._groups] * rotation).view(np.float32)
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys[:, cache.length : end] = turned[:, self._heads :].swapaxes(0, 1)
+        values[:, cache.length : end] = heads[:, self._heads + self._groups :].swapaxes(0, 1)
+        query = turned[:, : self._heads].reshape(tokens, self._groups, -1, self._width).transpose(1, 2, 0, 3)
+        scores = query @ keys[:, None, :end].swapaxes(2, 3)
         if tokens > 1:
-            scores = np.where(np.arange(end) <= positions[:, None], scores, np.float32(-np.inf))
-        scores = np.exp(scores - scores.max(axis=3, keepdims=True))
-        scores /= scores.sum(axis=3, keepdims=True)
-        context: np.ndarray = (scores @ values).transpose(2, 0, 1, 3)
-        return context.reshape(tokens, -1)
+            np.copyto(scores, -np.inf, where=np.arange(end) > positions[:, None])
+        scores -= np.maximum.reduce(scores, axis=3, keepdims=True)
+        np.exp(scores, out=scores)
+        context: np.ndarray = scores @ values[:, None, :end]
+        context /= np.add.reduce(scores, axis=3, keepdims=True)
+        return context.transpose(2, 0, 1, 3).reshape(tokens, -1)
 
 
-def _rotate(x: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> np.ndarray:
-    """Turn adjacent pairs of (tokens, heads, width), GGUF's order, by the angles of their positions."""
-    even, odd = x[..., ::2], x[..., 1::2]
-    turned = np.empty_like(x)
-    turned[..., ::2] = even * cosine - odd * sine
-    turned[..., 1::2] = even * sine + odd * cosine
-    return turned
+def _gated(inner: np.ndarray) -> np.ndarray:
+    """Multiply the second half of each row by the SiLU of the first, in place, and return it."""
+    gate, up = inner[:, : inner.shape[1] // 2], inner[:, inner.shape[1] // 2 :]
+    divisor = np.negative(gate)
+    np.exp(divisor, out=divisor)
+    divisor += 1
+    up *= gate
+    up /= divisor
+    return up
 
 
 def _read_tokenizer(fields: Mapping[str, Any]) -> Any:
