@@ -97,7 +97,8 @@ copy_tree() {
 # What reaches every kernel and the binding, for machines that are emulated: the rest of the suite is Python above them.
 # shellcheck disable=SC2034 # for the gates
 kernel_tests=(tests/test_quantize.py tests/test_quantize_fp.py tests/test_matmul.py tests/test_matmul_fp.py
-    tests/test_gather_fp.py tests/test_fake_quantize.py tests/test_convert.py tests/test_boundary.py)
+    tests/test_gather_fp.py tests/test_fake_quantize.py tests/test_convert.py tests/test_boundary.py
+    tests/test_kv_codec.py)
 
 # build PYTHON [setup.py arguments]: the extension, in place, in the current directory, whose package then is the one used.
 build() {

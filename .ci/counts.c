@@ -245,6 +245,40 @@ static void count_dequantize(qz_type type, const char *name) {
     }
 }
 
+/* Rows of 128, 64 elements a unit. */
+static void count_kv(int bits) {
+    const qz_kv_codec codec = {.version = 2,
+                               .bits = bits,
+                               .stored_bits = bits,
+                               .block = 128,
+                               .rotation = {.dimension = 128, .block = 128, .order = 1, .power = 128, .is_signed = 1}};
+    char name[32];
+    for (ptrdiff_t rows = 16; rows <= 32; rows *= 2) {
+        const qz_kv_encode_job encode = {.codec = &codec,
+                                         .from = values,
+                                         .packed = (uint8_t *)prepared,
+                                         .norms = scales,
+                                         .rows = rows,
+                                         .from_stride = 128,
+                                         .packed_stride = qz_kv_row_bytes(&codec)};
+        const qz_kv_decode_job decode = {.codec = &codec,
+                                         .packed = codes,
+                                         .norms = scales,
+                                         .to = results,
+                                         .rows = rows,
+                                         .packed_stride = qz_kv_row_bytes(&codec),
+                                         .to_stride = 128};
+        snprintf(name, sizeof name, "kv_encode_%d", bits);
+        CALLGRIND_ZERO_STATS;
+        kernels->kv->encode(&encode);
+        dump(name, rows * 2);
+        snprintf(name, sizeof name, "kv_decode_%d", bits);
+        CALLGRIND_ZERO_STATS;
+        kernels->kv->decode(&decode);
+        dump(name, rows * 2);
+    }
+}
+
 static void count_elementwise(void) {
     for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
         CALLGRIND_ZERO_STATS;
@@ -286,5 +320,6 @@ int main(int arguments, char **argument) {
         count_fp_codec(&fp_formats[which]);
     }
     count_elementwise();
+    for (int bits = 4; bits <= 8; bits += 4) count_kv(bits);
     return 0;
 }

@@ -377,6 +377,16 @@ EMU __m512i emu_srai_epi32(__m512i v, int count) {
 #undef _mm512_zextps256_ps512
 #define _mm512_zextps256_ps512(v) EMU_JOIN_PS((v), _mm256_setzero_ps())
 
+/* Gathers of 32-bit elements; the scale is a constant. */
+#undef _mm512_i32gather_ps
+#define _mm512_i32gather_ps(index, from, scale)                                      \
+    EMU_JOIN_PS(_mm256_i32gather_ps((const float *)(from), emu_low(index), (scale)), \
+                _mm256_i32gather_ps((const float *)(from), emu_high(index), (scale)))
+#undef _mm512_i32gather_epi32
+#define _mm512_i32gather_epi32(index, from, scale)                                               \
+    emu_join(_mm256_i32gather_epi32((const int *)(const void *)(from), emu_low(index), (scale)), \
+             _mm256_i32gather_epi32((const int *)(const void *)(from), emu_high(index), (scale)))
+
 EMU __m512 emu_abs_ps(__m512 v) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)));
 }

@@ -4,6 +4,7 @@
 
 #include "args.h"
 #include "formats.h"
+#include "kernels_kv.h"
 
 typedef struct qz_kernels qz_kernels;
 
@@ -60,6 +61,54 @@ typedef struct qz_fp8_args {
     int is_decoding;
 } qz_fp8_args;
 
+/* The rotation that the KV cache applies to rows; equal shapes. y is float32, and may be x. */
+typedef struct qz_fwht_args {
+    qz_array x, y;
+    qz_rotation rotation;
+    int is_inverse;
+} qz_fwht_args;
+
+/* Rows of keys or values into codes. The last axes are those of a row; the axis before is one of n rows of x and of
+ * C >= n slots of packed and norms: row i goes to slot (first + i) mod C. The axes before those agree. */
+typedef struct qz_kv_encode_args {
+    qz_array x, packed, norms; /* norms: float32 or float16 */
+    qz_array z;                /* as x, float32: what is rounded; its data is NULL if nobody wants it */
+    ptrdiff_t first;
+    int counts_norms; /* norms is any array; the norm of the row whose codes stand at place i, in C order, is element i
+                       */
+    qz_kv_codec codec;
+} qz_kv_encode_args;
+
+/* And back; all axes but the last agree. */
+typedef struct qz_kv_decode_args {
+    qz_array packed, norms, y; /* y is float32 */
+    int counts_norms;          /* as above */
+    int stays_rotated;
+    qz_kv_codec codec;
+} qz_kv_decode_args;
+
+/* Packed keys or values, [heads, capacity, bytes], and the norms or scales of their blocks, [heads, capacity, blocks].
+ */
+typedef struct qz_kv_side {
+    qz_array codes, norms;
+    qz_kv_codec codec;
+    int norms_are_flat;              /* codec 1 from 1024 dimensions on: norms.flat[head * capacity + slot] */
+    float norm_divisor, norm_factor; /* of what is stored, for the scale: one of them is 1 */
+} qz_kv_side;
+
+typedef enum qz_mask_kind { QZ_MASK_NONE, QZ_MASK_BOOL, QZ_MASK_FLOAT } qz_mask_kind;
+
+/* q [query heads, queries, dimension], y [query heads, queries, value dimension], mask broadcast to [query heads,
+ * queries, length]. Position i stands at slot (start + i) mod capacity. */
+typedef struct qz_attention_args {
+    qz_array q, y, mask;
+    qz_kv_side keys, values;
+    ptrdiff_t length, start, window; /* start < capacity */
+    int is_causal, has_window;
+    qz_mask_kind mask_kind;
+    float scale, softcap; /* 0: none */
+} qz_attention_args;
+
 typedef enum qz_probe { QZ_PROBE_READ, QZ_PROBE_COPY, QZ_PROBE_STREAM, QZ_PROBE_FMA, QZ_PROBE_DOT, QZ_PROBES } qz_probe;
 
 /* One ceiling, measured by doing its work `repeats` times while the caller looks at a clock. */
@@ -81,6 +130,10 @@ typedef struct qz_device {
     qz_status (*gather)(const qz_plan *, const qz_gather_args *, const qz_run *);
     qz_status (*fake_quantize)(const qz_plan *, const qz_fake_quantize_args *, const qz_run *);
     qz_status (*fp8)(const qz_plan *, const qz_fp8_args *, const qz_run *);
+    qz_status (*fwht)(const qz_plan *, const qz_fwht_args *, const qz_run *);
+    qz_status (*kv_encode)(const qz_plan *, const qz_kv_encode_args *, const qz_run *);
+    qz_status (*kv_decode)(const qz_plan *, const qz_kv_decode_args *, const qz_run *);
+    qz_status (*attention)(const qz_plan *, const qz_attention_args *, const qz_run *);
     qz_status (*probe)(const qz_plan *, const qz_probe_args *, const qz_run *);
 } qz_device;
 

@@ -7,6 +7,7 @@
 
 #include "args.h"
 #include "formats.h"
+#include "kernels_kv.h"
 
 /* Outputs of one job: QZ_TILE_ROWS where rows of x are few, since each is a chain of dependent additions, and
  * QZ_PREFILL_ROWS where they are many, so that they stay in the caches meanwhile. For _n up to QZ_TILE_COLUMNS, so that
@@ -139,6 +140,7 @@ typedef struct qz_kernels {
     void (*from_fp8)(char *to, qz_type type, const uint8_t *from, ptrdiff_t count);
     const qz_format_kernels *(*format)(int format, int group_slot);
     qz_probe_kernels probe;
+    const qz_kv_kernels *kv; /* of a unit of their own */
 } qz_kernels;
 
 #endif

@@ -1,5 +1,7 @@
 """What all tests share: the instruction sets to run on, sizes, and arrays with guarded memory around them."""
 
+import ctypes
+import mmap
 import os
 
 import numpy as np
@@ -73,3 +75,23 @@ def guarded():
     guard = Guarded()
     yield guard
     guard.check()
+
+
+class Page:
+    """Memory between two pages that may not be touched."""
+
+    def __init__(self, size):
+        pages = -(-size // mmap.PAGESIZE)
+        self.memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+        everything = np.frombuffer(self.memory, np.uint8)
+        self.bytes = everything[mmap.PAGESIZE : -mmap.PAGESIZE]
+        libc = ctypes.CDLL(None, use_errno=True)
+        for address in (everything.ctypes.data, self.bytes.ctypes.data + self.bytes.size):
+            assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+
+    def put(self, array, at_end):
+        """Copy an array there: its last byte is the last before the border, or its first at an odd address after."""
+        first = self.bytes.size - array.nbytes if at_end else 1
+        place = self.bytes[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+        place[...] = array
+        return place

@@ -17,6 +17,7 @@ import quantization as q
 from conftest import ISAS
 from quantization import _C
 from quantization._bench import (
+    attention,
     ceilings,
     clock,
     elementwise,
@@ -513,6 +514,25 @@ def test_table_of_formats(monkeypatch):
     assert all(float(line[4]) > 0 and float(line[6]) >= 0 and float(line[7]) >= 0 for line in cells[2:])
     left_out = formats.table([row.with_note("time is up") for row in found])
     assert left_out.count("time is up") == len(stored.EVERY)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_attention_beside_plain_ones(group):
+    """All attend to the same keys and values, ours to their codes: off by what 4 bits lose, 0.0095 of a square."""
+    caches = attention.Caches(40)
+    assert sum(span.nbytes for span in caches.spans) == caches.memory.nbytes
+    run, out = caches.attending(group)
+    run(len(caches.copies) + 1)
+    assert 0.01 < caches.error(group, out) < 0.3
+    ceiling, amount = caches.ceiling(group, ISAS[0], 1)
+    assert (ceiling.name, amount) == (("read", caches.nbytes) if group == 1 else ("fma", 4.0 * 8 * 8 * 40 * 128))
+    if group == 1:
+        assert ceiling.run(2) == 2 * caches.spans[0].nbytes
+    for name, dtype, prepare in attention.PEERS:
+        if name == "NumPy" and importlib.util.find_spec("threadpoolctl"):
+            call, nbytes = prepare(caches, group, dtype, 1)
+            assert caches.error(group, call()) < (1e-5 if dtype == "float32" else 2e-3)
+            assert nbytes == 2 * 8 * 40 * 128 * np.dtype(dtype).itemsize
 
 
 def test_short_table_takes_the_fastest_other():

@@ -36,6 +36,10 @@ def experts_fp():
     return [np.full((4, 3, 8), 0x12345678, U32), np.full((4, 3, 2), 127, np.uint8)]
 
 
+def cache(D=64, width=32):
+    return [np.ones((2, D), F32), np.zeros((2, 4, width), np.uint8), np.ones((2, 4), F32)]
+
+
 # Every function with arguments that work; the first is a plan of this operation.
 CALLS = {
     "quantize": ("affine_quantize", lambda: [np.ones((3, 64), F32), 64, 4, "metal", None, False, None, None]),
@@ -71,9 +75,22 @@ CALLS = {
             np.ones((2, 64), F32), *experts_fp(), np.array([3, 0]), None, True, None, "exact", None, None, None
         ],
     ),
+    "fwht": ("fwht", lambda: [np.ones((3, 64), F32), True, False, None, None]),
+    "quantize_kv": ("quantize_kv", lambda: [np.ones((3, 64), F32), 4, "unbiased", None, None, None]),
+    "dequantize_kv": (
+        "dequantize_kv",
+        lambda: [np.zeros((3, 32), np.uint8), np.ones((3, 1), F32), 4, 2, False, None, None],
+    ),
+    "hadamard_quantize_kv": ("hadamard_quantize_kv", lambda: [*cache(), 1, False, None, None]),
+    "hadamard_quantize_kv_seq": (
+        "hadamard_quantize_kv_seq",
+        lambda: [np.ones((3, 2, 64), F32), *cache()[1:], 1, None, 0, False, None],
+    ),
+    "hadamard_quantize_kv_hb": ("hadamard_quantize_kv_hb", lambda: [*cache(256, 256), 1, 5, False, None]),
 }  # fmt: skip
 OUT = {"quantize": 6, "dequantize": 8, "matmul": 9, "gather": 12, "gather_rhs": 11, "fake_quantize": 2}
-OUT |= {"gather_fp": 10, "gather_rhs_fp": 9}
+OUT |= {"gather_fp": 10, "gather_rhs_fp": 9, "fwht": 3, "quantize_kv": 4, "dequantize_kv": 6}
+WRONG_OUT = {"quantize": (None, None, np.ones(2, F32)), "quantize_kv": (None, np.ones(2, F32))}
 KINDS = {
     "affine_quantize": "quantize",
     "affine_dequantize": "dequantize",
@@ -89,6 +106,12 @@ KINDS = {
     "mxfp4_gather_qmm": "gather_fp",
     "nvfp4_gather_qmm_rhs": "gather_rhs_fp",
     "quantize": "fake_quantize",
+    "fwht": "fwht",
+    "quantize_kv": "quantize_kv",
+    "dequantize_kv": "dequantize_kv",
+    "hadamard_quantize_kv": "hadamard_quantize_kv",
+    "hadamard_quantize_kv_seq": "hadamard_quantize_kv_seq",
+    "hadamard_quantize_kv_hb": "hadamard_quantize_kv_hb",
 }
 
 
@@ -239,7 +262,8 @@ def test_matrix_and_record_views_are_their_memory():
 
 
 def test_read_only_inputs():
-    for function, (op, arguments) in CALLS.items():
+    for function in OUT:
+        op, arguments = CALLS[function]
         frozen = arguments()
         for value in frozen:
             if isinstance(value, np.ndarray):
@@ -656,18 +680,17 @@ def bad_calls(function):
         yield failing(function, position)
     op, arguments = CALLS[function]
     given = arguments()
-    out = OUT[function]
-    given[out] = (None, None, np.ones(2, F32)) if function == "quantize" else np.ones((1, 1), F32)
+    given[OUT.get(function, 1)] = WRONG_OUT.get(function, np.ones((1, 1), F32))
     yield op, given
 
 
 def calls_of(function):
-    """A call that works, without and with `out`, and all that fail."""
+    """A call that works, without and with `out` (those of a cache write in place), and all that fail."""
     op, arguments = CALLS[function]
-    out = OUT[function]
+    out = OUT.get(function)
     given = arguments()
     result = getattr(_C, function)(plan(op), *given)
-    with_out = [*given[:out], result, *given[out + 1 :]]
+    with_out = given if out is None else [*given[:out], result, *given[out + 1 :]]
     return [(op, given), (op, with_out), *bad_calls(function)]
 
 
@@ -681,11 +704,12 @@ def attempt(function, compiled, given):
 
 @pytest.mark.parametrize("function", CALLS)
 def test_no_references_are_lost_or_kept(function):
-    for op, given in calls_of(function):
-        compiled = plan(op)
-        attempt(function, compiled, given)
+    calls = [(plan(op), given) for op, given in calls_of(function)]
+    for call in calls:
+        attempt(function, *call)
+    gc.collect()
+    for compiled, given in calls:
         objects = [compiled, *(value for value in given if not isinstance(value, str | int | type(None)))]
-        gc.collect()
         before = [sys.getrefcount(thing) for thing in objects]
         for _ in range(100):
             attempt(function, compiled, given)

@@ -4,7 +4,6 @@ import ctypes
 import functools
 import importlib.util
 import itertools
-import mmap
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 
 import quantization as q
 import reference as ref
-from conftest import AVAILABLE, FORMATS, ISAS, SMALL
+from conftest import AVAILABLE, FORMATS, ISAS, SMALL, Page
 
 F32 = np.float32
 NAN, INF = F32(np.nan), F32(np.inf)
@@ -827,26 +826,6 @@ def test_nothing_is_written_outside_of_out(isa, layout, mode, bits, group_size, 
             assert_same_bytes(y, product.expected)
         for name, place in places.items():
             assert_same_bytes(place, arrays[name])
-
-
-class Page:
-    """Memory between two pages that may not be touched."""
-
-    def __init__(self, size):
-        pages = -(-size // mmap.PAGESIZE)
-        self.memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
-        everything = np.frombuffer(self.memory, np.uint8)
-        self.bytes = everything[mmap.PAGESIZE : -mmap.PAGESIZE]
-        libc = ctypes.CDLL(None, use_errno=True)
-        for address in (everything.ctypes.data, self.bytes.ctypes.data + self.bytes.size):
-            assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-
-    def put(self, array, at_end):
-        """Copy an array there: its last byte is the last before the border, or its first at an odd address after."""
-        first = self.bytes.size - array.nbytes if at_end else 1
-        place = self.bytes[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
-        place[...] = array
-        return place
 
 
 # N and groups of layout t, groups and K of layout n. 17 groups are some whole chunks of blocks and a part of one, on

@@ -331,6 +331,19 @@ def call():
     for _ in range(20): q.affine_quantize(w, out=tuple(out))
 def call_small(): q.affine_quantize(w[:1])
 """,
+    "quantize_kv": """
+x = np.lib.stride_tricks.as_strided(np.ones(1 << 12, np.float32), (1 << 18, 1 << 10), (0, 4))
+out = np.zeros((1 << 18, 1 << 9), np.uint8), np.zeros((1 << 18, 1), np.float16)
+def call():
+    for _ in range(20): q.quantize_kv(x, out=out)
+def call_small(): q.quantize_kv(x[:1])
+""",
+    "kv_attention": """
+cache = q.quantize_kv(np.ones((1, 1 << 13, 128), np.float32))
+x = np.lib.stride_tricks.as_strided(np.ones(128, np.float32), (1, 1 << 16, 128), (0, 0, 4))
+def call(): q.kv_attention(x, cache, cache)
+def call_small(): q.kv_attention(x[:, :1], cache, cache)
+""",
     "fake_quantize": """
 x = np.zeros(1 << 26, np.float32)
 def call():
@@ -405,6 +418,30 @@ for _ in range(10):
     assert check()
     _, status = os.waitpid(child, 0)
     assert status == 0, status
+print("done")
+"""
+    assert output(script, PYTHONWARNINGS="ignore") == "done"
+
+
+@pytest.mark.skipif(NO_FORK or not hasattr(os, "fork"), reason="fork with threads does not work here")
+def test_fork_after_attention():
+    script = """
+import os, signal
+import numpy as np, quantization as q
+signal.alarm(60)  # a hang ends here
+q.set_num_threads(4)
+keys = np.random.default_rng(1).standard_normal((4, 2000, 64)).astype(np.float32)
+def attend():
+    cache = q.quantize_kv(keys)
+    return q.kv_attention(keys[:, :8], cache, cache)
+expected = attend()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os._exit(0 if np.array_equal(attend(), expected) else 3)
+    assert np.array_equal(attend(), expected)
+    assert os.waitpid(child, 0)[1] == 0
 print("done")
 """
     assert output(script, PYTHONWARNINGS="ignore") == "done"

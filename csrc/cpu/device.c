@@ -11,5 +11,9 @@ const qz_device qz_cpu_device = {
     .gather = qz_cpu_gather,
     .fake_quantize = qz_cpu_fake_quantize,
     .fp8 = qz_cpu_fp8,
+    .fwht = qz_cpu_fwht,
+    .kv_encode = qz_cpu_kv_encode,
+    .kv_decode = qz_cpu_kv_decode,
+    .attention = qz_cpu_attention,
     .probe = qz_cpu_probe,
 };

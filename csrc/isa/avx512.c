@@ -1,4 +1,7 @@
 #include "../arch.h"
+#ifndef QZ_ALL_KERNELS
+#define QZ_ALL_KERNELS "../kernels/vector.h" /* but in avx512_kv.c */
+#endif
 #if QZ_X86_64
 #include <math.h>
 #include <string.h>
@@ -19,6 +22,6 @@ AVX512_BEGIN
 #define QZ_ISA_NAME avx512
 #include "../simd/avx512.h"
 
-#include "../kernels/vector.h"
+#include QZ_ALL_KERNELS
 AVX512_END
 #endif

@@ -1,4 +1,7 @@
 #include "../arch.h"
+#ifndef QZ_ALL_KERNELS
+#define QZ_ALL_KERNELS "../kernels/vector.h" /* but in neon_dotprod_kv.c */
+#endif
 #if QZ_AARCH64
 #include <math.h>
 #include <string.h>
@@ -17,6 +20,6 @@ QZ_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 #define QZ_ISA_NAME neon_dotprod
 #include "../simd/neon_dotprod.h"
 
-#include "../kernels/vector.h"
+#include QZ_ALL_KERNELS
 QZ_TARGET_END
 #endif

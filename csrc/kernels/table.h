@@ -131,6 +131,8 @@ static const qz_format_kernels *QZ_NAME(format)(int format, int group_slot) {
     return &QZ_NAME(format_kernels)[format][group_slot];
 }
 
+extern const qz_kv_kernels QZ_NAME(qz_kv_kernels);
+
 const qz_kernels QZ_NAME(qz_kernels) = {
     .name = QZ_TEXT(QZ_ISA_NAME),
     .matmul_note = QZ_MATMUL_NOTE,
@@ -143,4 +145,5 @@ const qz_kernels QZ_NAME(qz_kernels) = {
     .probe = {QZ_NAME(probe_read), QZ_NAME(probe_stream), QZ_NAME(probe_fma), QZ_NAME(probe_dot),
               .fma_operations = 2 * QZ_LANES * QZ_PROBE_CHAINS,
               .dot_operations = 2 * QZ_LANES * QZ_PROBE_CHAINS * QZ_PROBE_PRODUCTS, .dot_name = QZ_PROBE_DOT_NAME},
+    .kv = &QZ_NAME(qz_kv_kernels),
 };

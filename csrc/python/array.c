@@ -18,7 +18,7 @@ static int raise_dtype(const call *c, const char *name, PyObject *object, const 
     if (!dtype) PyErr_Clear();
     text = dtype ? PyObject_Str(dtype) : PyType_GetName(Py_TYPE(object));
     if (text && dtype) {
-        int raw = what == float_kinds && PyUnicode_CompareWithASCIIString(text, "uint16") == 0;
+        int raw = c->takes_input_dtype && what == float_kinds && PyUnicode_CompareWithASCIIString(text, "uint16") == 0;
         qz_raise(PyExc_TypeError, c->op, "%s has dtype %U, must be %s%s", name, text, what,
                  raw ? " (input_dtype=\"bfloat16\" declares that uint16 holds bfloat16 bits)" : "");
     } else if (text) {
@@ -244,6 +244,10 @@ int qz_take_codes(view *v, const call *c, const char *name, PyObject *object) {
     return take_integers(v, c, name, object, QZ_U32, code_kinds);
 }
 
+int qz_take_bytes(view *v, const call *c, const char *name, PyObject *object) {
+    return take_integers(v, c, name, object, QZ_U8, "uint8");
+}
+
 /* The array itself, or an ml_dtypes array of this type as its bytes; a new reference or NULL. */
 static PyObject *as_bytes(const call *c, PyObject *object, const char *ml_dtype) {
     PyObject *dtype = PyObject_GetAttrString(object, "dtype"), *text = NULL, *bytes = NULL;
@@ -377,6 +381,16 @@ static int overlaps_itself(const qz_array *a) {
     return 0;
 }
 
+static int check_places(const view *v, const call *c, const char *name, ptrdiff_t count) {
+    if (has_zero_stride(&v->array)) {
+        return qz_raise(PyExc_ValueError, c->op, "%s has a stride of 0: its elements share memory", name);
+    }
+    if (count > 0 && overlaps_itself(&v->array)) {
+        return qz_raise(PyExc_ValueError, c->op, "%s has elements that share memory: give each its own", name);
+    }
+    return 0;
+}
+
 static int check_result(const view *v, const call *c, PyObject *out, const wanted *want, ptrdiff_t count) {
     const char *name = want->name;
     if (v->array.type != want->type) return raise_dtype(c, name, out, result_kind(want->type));
@@ -387,13 +401,7 @@ static int check_result(const view *v, const call *c, PyObject *out, const wante
         Py_XDECREF(got);
         return -1;
     }
-    if (has_zero_stride(&v->array)) {
-        return qz_raise(PyExc_ValueError, c->op, "%s has a stride of 0: its elements share memory", name);
-    }
-    if (count > 0 && overlaps_itself(&v->array)) {
-        return qz_raise(PyExc_ValueError, c->op, "%s has elements that share memory: give each its own", name);
-    }
-    return 0;
+    return check_places(v, c, name, count);
 }
 
 int qz_take_result(view *v, PyObject **result, const call *c, PyObject *out, const wanted *want) {
@@ -408,6 +416,14 @@ int qz_take_result(view *v, PyObject **result, const call *c, PyObject *out, con
     Py_INCREF(out);
     *result = out;
     return 0;
+}
+
+int qz_take_writable(view *v, const call *c, const char *name, PyObject *object, qz_type type) {
+    const int taken = take_memory(v, c, name, object, 1, result_kind(type));
+    if (taken < 0) return -1;
+    if (taken == 0 || v->array.type != type) return raise_dtype(c, name, object, result_kind(type));
+    const ptrdiff_t count = qz_checked_count(c, name, v->array.shape, v->array.ndim);
+    return count < 0 ? -1 : check_places(v, c, name, count);
 }
 
 /* The addresses [*low, *high) that an array's elements lie in; none if it has no elements. */

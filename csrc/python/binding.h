@@ -24,11 +24,18 @@ typedef enum op_kind {
     OP_GATHER_RHS_FP,
     OP_TO_FP8,
     OP_FROM_FP8,
+    OP_FWHT,
+    OP_HADAMARD_KV,
+    OP_HADAMARD_KV_SEQ,
+    OP_HADAMARD_KV_HB,
+    OP_QUANTIZE_KV,
+    OP_DEQUANTIZE_KV,
+    OP_KV_ATTENTION,
     OP_KINDS,
     OP_ANY = OP_KINDS
 } op_kind;
 
-enum { QZ_MAX_PARAMETERS = 14 }; /* of an operation, the plan not counted */
+enum { QZ_MAX_PARAMETERS = 16 }; /* of an operation, the plan not counted */
 
 /* Owned references alone: module.c walks them as an array. */
 typedef struct module_state {
@@ -126,10 +133,12 @@ static inline void qz_make_row(qz_array *array) {
 typedef struct call {
     module_state *state;
     const char *op;
-    int raw_bfloat16; /* input_dtype="bfloat16": uint16 arrays hold bfloat16 bits */
+    int raw_bfloat16;      /* input_dtype="bfloat16": uint16 arrays hold bfloat16 bits */
+    int takes_input_dtype; /* whether the function has that keyword */
 } call;
 
-/* 0, or -1 with an exception set; where it is 0, qz_close_call() follows in the same thread. */
+/* input_dtype: NULL where a function has no such keyword. 0, or -1 with an exception set; where it is 0,
+ * qz_close_call() follows in the same thread. */
 int qz_open_call(call *c, PyObject *module, const plan_object *plan, PyObject *input_dtype);
 void qz_close_call(void);
 
@@ -138,6 +147,9 @@ int qz_take_floats(view *v, const call *c, const char *name, PyObject *object);
 
 /* Packed codes: uint32, or int32 with the same bits. */
 int qz_take_codes(view *v, const call *c, const char *name, PyObject *object);
+
+/* Packed codes of the KV cache: uint8. */
+int qz_take_bytes(view *v, const call *c, const char *name, PyObject *object);
 
 /* Small floats, a byte each, whose element formats.def names: uint8, or the type that ml_dtypes has for them. */
 int qz_take_byte_floats(view *v, const call *c, const char *name, PyObject *object, const char *element);
@@ -157,6 +169,9 @@ typedef struct wanted {
 /* Writable memory for a result: `out` if it is not None, checked, else a new array. *result is a new reference. */
 int qz_take_result(view *v, PyObject **result, const call *c, PyObject *out, const wanted *want);
 
+/* Memory of any shape that is written in place, each element in a place of its own. */
+int qz_take_writable(view *v, const call *c, const char *name, PyObject *object, qz_type type);
+
 typedef struct named_view {
     const char *name;
     const view *view;
@@ -173,6 +188,9 @@ int qz_take_dlpack(view *v, const call *c, const char *name, PyObject *object, i
 /* An integer (__index__, not bool); None leaves *value alone and *given 0. */
 int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t *value, int *given);
 
+/* A number, not bool; infinities and NaN are for the caller to judge. */
+int qz_take_number(const call *c, const char *name, PyObject *object, float *value);
+
 /* True or False, NumPy's among them; -1 with TypeError set. */
 int qz_take_flag(const call *c, const char *name, PyObject *object);
 
@@ -181,6 +199,9 @@ int qz_take_word(const call *c, const char *name, PyObject *object, const char *
 
 /* "float32", "float16", "bfloat16", or a dtype of that name, None for `otherwise`. -1 on error. */
 int qz_take_float_type(const call *c, const char *name, PyObject *object, qz_type otherwise, qz_type *type, int *ml);
+
+/* "float32" or "float16", or a dtype of that name, None for the latter. */
+int qz_take_norm_type(const call *c, const char *name, PyObject *object, qz_type *type);
 
 /* Finds the row of formats.def, or raises a ValueError that lists what there is. */
 int qz_take_format(const call *c, const char *mode, ptrdiff_t bits, ptrdiff_t group_size, int *slot);
@@ -234,6 +255,27 @@ const char *qz_type_name(qz_type type);
 /* Number of elements of an array of this name; -1 with ValueError set if it does not fit. */
 ptrdiff_t qz_checked_count(const call *c, const char *name, const ptrdiff_t *shape, int ndim);
 
+/* ---- the KV cache (kv_cache.c) ---- */
+
+/* Rows of `dimension` elements with codes of so many bits, as codec 1 or 2 defines them; factor and scale are left at
+ * their defaults. */
+void qz_open_kv_codec(qz_kv_codec *codec, int version, int bits, ptrdiff_t dimension);
+
+/* Number of a codec: 1 or 2; None for 2. It, or -1 with an exception set; so too what follows. */
+int qz_take_kv_version(const call *c, PyObject *object);
+
+/* Width of the codes of a codec; None for `otherwise`, if that is not 0. */
+int qz_take_kv_bits(const call *c, const char *name, PyObject *object, int version, int otherwise);
+
+/* scale_factor_d512: a finite number, by which norms can be divided if `divides`; None for 1. */
+int qz_take_kv_factor(const call *c, PyObject *object, int divides, float *factor);
+
+/* The head dimension, at least `least`, whose codes take so many bytes; `name` is the size's. */
+ptrdiff_t qz_take_kv_dimension(const call *c, const char *name, ptrdiff_t bytes, int version, int bits, int least);
+
+/* ValueError "name must have shape ..., got ...". Returns -1. */
+int qz_raise_shape(const call *c, const char *name, const qz_array *got, const char *format, ...);
+
 /* ---- running (check.c) ---- */
 
 typedef qz_status (*qz_operation)(const qz_plan *plan, const void *args, const qz_run *run);
@@ -256,6 +298,13 @@ PyObject *qz_py_dequantize_fp(PyObject *module, PyObject *const *args, Py_ssize_
 PyObject *qz_py_matmul_fp(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_to_fp8(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_from_fp8(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_fwht(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_hadamard_quantize_kv(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_hadamard_quantize_kv_seq(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_hadamard_quantize_kv_hb(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_quantize_kv(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_dequantize_kv(PyObject *module, PyObject *const *args, Py_ssize_t count);
+PyObject *qz_py_kv_attention(PyObject *module, PyObject *const *args, Py_ssize_t count);
 PyObject *qz_py_probe(PyObject *module, PyObject *const *args, Py_ssize_t count);
 
 /* TypeError unless a function got just so many arguments. */

@@ -41,7 +41,8 @@ int qz_open_call(call *c, PyObject *module, const plan_object *plan, PyObject *i
     static const char *const words[] = {"bfloat16"};
     c->state = PyModule_GetState(module);
     c->op = plan->op->name;
-    c->raw_bfloat16 = input_dtype != Py_None;
+    c->takes_input_dtype = input_dtype != NULL;
+    c->raw_bfloat16 = input_dtype && input_dtype != Py_None;
     if (c->raw_bfloat16 && qz_take_word(c, "input_dtype", input_dtype, words, 1) < 0) return -1;
     if (open_calls == MAX_CALLS_WITHIN_CALLS) {
         return qz_raise(PyExc_RecursionError, c->op, "more than %d calls within each other", MAX_CALLS_WITHIN_CALLS);
@@ -89,6 +90,23 @@ int qz_take_integer(const call *c, const char *name, PyObject *object, ptrdiff_t
     return 0;
 }
 
+int qz_take_number(const call *c, const char *name, PyObject *object, float *value) {
+    const int is_number = !PyUnicode_Check(object) && !PyBytes_Check(object) && !PyBool_Check(object);
+    PyObject *number = is_number ? PyNumber_Float(object) : NULL;
+    if (!number) {
+        if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            PyErr_Clear();
+            return qz_raise(PyExc_ValueError, c->op, "%s is out of range: it does not fit a float", name);
+        }
+        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+        PyErr_Clear();
+        return raise_kind(c, name, "a number", object);
+    }
+    *value = (float)PyFloat_AsDouble(number);
+    Py_DECREF(number);
+    return 0;
+}
+
 int qz_take_flag(const call *c, const char *name, PyObject *object) {
     PyObject *kind = PyBool_Check(object) ? NULL : type_name(object);
     /* NumPy's is named bool_ before NumPy 2, then bool */
@@ -119,7 +137,9 @@ static int is_native(PyObject *object) {
     return is;
 }
 
-int qz_take_float_type(const call *c, const char *name, PyObject *object, qz_type otherwise, qz_type *type, int *ml) {
+/* The first `choices` of three. */
+static int take_type(const call *c, const char *name, PyObject *object, int choices, qz_type otherwise, qz_type *type,
+                     int *ml) {
     static const char *const words[] = {"float32", "float16", "bfloat16"};
     static const qz_type types[] = {QZ_F32, QZ_F16, QZ_BF16};
     *type = otherwise;
@@ -137,12 +157,21 @@ int qz_take_float_type(const call *c, const char *name, PyObject *object, qz_typ
         Py_XDECREF(word);
         return raise_kind(c, name, "a dtype or its name", object);
     }
-    int index = qz_take_word(c, name, word, words, 3);
+    int index = qz_take_word(c, name, word, words, choices);
     Py_DECREF(word);
     if (index < 0) return -1;
     *type = types[index];
     *ml |= *type == QZ_BF16 && !PyUnicode_Check(object);
     return 0;
+}
+
+int qz_take_float_type(const call *c, const char *name, PyObject *object, qz_type otherwise, qz_type *type, int *ml) {
+    return take_type(c, name, object, 3, otherwise, type, ml);
+}
+
+int qz_take_norm_type(const call *c, const char *name, PyObject *object, qz_type *type) {
+    int unused = 0;
+    return take_type(c, name, object, 2, QZ_F16, type, &unused);
 }
 
 /* The distinct values of one column of formats.def for a mode, as text; `bits` 0: of the widths, else of that width's

@@ -14,8 +14,11 @@ typedef struct kernel_object {
     PyObject *group_size, *bits;  /* what calls use that do not say; NULL: the class has none */
 } kernel_object;
 
-/* Numbers that stand for defaults which are none. */
-enum { FALSE = -2, TRUE = -1 };
+/* Numbers that stand for defaults which are none, and for 0. */
+enum { ZERO = -3, FALSE = -2, TRUE = -1 };
+
+/* Of parameters that are given by position alone: no keyword's name. */
+#define BY_PLACE "/"
 
 /* The parameters of each operation in the order in which its function in _C takes them, after the plan. */
 static const struct parameter {
@@ -126,6 +129,59 @@ static const struct parameter {
                           {"input_dtype", NULL, 0}},
     [OP_TO_FP8] = {{"x", NULL, 0}, {"out", NULL, 0}, {"input_dtype", NULL, 0}},
     [OP_FROM_FP8] = {{"x", NULL, 0}, {"dtype", NULL, 0}, {"out", NULL, 0}},
+    [OP_FWHT] =
+        {{"x", NULL, 0}, {"signs", NULL, FALSE}, {"inverse", NULL, FALSE}, {"out", NULL, 0}, {"input_dtype", NULL, 0}},
+    [OP_HADAMARD_KV] = {{BY_PLACE, NULL, 0},
+                        {BY_PLACE, NULL, 0},
+                        {BY_PLACE, NULL, 0},
+                        {"write_pos", NULL, 0},
+                        {"is_sliding", NULL, FALSE},
+                        {"scale_factor_d512", NULL, 0},
+                        {"rms_scratch", NULL, 0}},
+    [OP_HADAMARD_KV_SEQ] = {{BY_PLACE, NULL, 0},
+                            {BY_PLACE, NULL, 0},
+                            {BY_PLACE, NULL, 0},
+                            {"write_pos_start", NULL, 0},
+                            {"n_tokens", NULL, 0},
+                            {"src_tok_offset", NULL, ZERO},
+                            {"is_sliding", NULL, FALSE},
+                            {"scale_factor_d512", NULL, 0}},
+    [OP_HADAMARD_KV_HB] = {{BY_PLACE, NULL, 0},
+                           {BY_PLACE, NULL, 0},
+                           {BY_PLACE, NULL, 0},
+                           {"write_pos", NULL, 0},
+                           {"codebook_bits", NULL, 0},
+                           {"is_sliding", NULL, FALSE},
+                           {"scale_factor_d512", NULL, 0}},
+    [OP_QUANTIZE_KV] = {{"x", NULL, 0},
+                        {"bits", NULL, 4},
+                        {"scale", "unbiased", 0},
+                        {"norms_dtype", NULL, 0},
+                        {"out", NULL, 0},
+                        {"input_dtype", NULL, 0}},
+    [OP_DEQUANTIZE_KV] = {{"packed", NULL, 0},
+                          {"norms", NULL, 0},
+                          {"bits", NULL, 4},
+                          {"codec", NULL, 2},
+                          {"rotated", NULL, FALSE},
+                          {"scale_factor_d512", NULL, 0},
+                          {"out", NULL, 0}},
+    [OP_KV_ATTENTION] = {{"q", NULL, 0},
+                         {"k_cache", NULL, 0},
+                         {"v_cache", NULL, 0},
+                         {"bits", NULL, 4},
+                         {"value_bits", NULL, 0},
+                         {"codec", NULL, 2},
+                         {"length", NULL, 0},
+                         {"start", NULL, ZERO},
+                         {"scale", NULL, 0},
+                         {"mask", NULL, 0},
+                         {"causal", NULL, FALSE},
+                         {"window", NULL, 0},
+                         {"softcap", NULL, 0},
+                         {"scale_factor_d512", NULL, 0},
+                         {"out", NULL, 0},
+                         {"input_dtype", NULL, 0}},
     [OP_FAKE_QUANTIZE] = {{"x", NULL, 0}, {"bits", NULL, 4}, {"out", NULL, 0}, {"input_dtype", NULL, 0}},
 };
 
@@ -148,6 +204,13 @@ static const struct manner {
     [OP_GATHER_RHS_FP] = {4, 6, -1, qz_py_gather_rhs_fp},
     [OP_TO_FP8] = {1, 1, -1, qz_py_to_fp8},
     [OP_FROM_FP8] = {1, 1, -1, qz_py_from_fp8},
+    [OP_FWHT] = {1, 1, -1, qz_py_fwht},
+    [OP_HADAMARD_KV] = {3, 3, -1, qz_py_hadamard_quantize_kv},
+    [OP_HADAMARD_KV_SEQ] = {3, 3, -1, qz_py_hadamard_quantize_kv_seq},
+    [OP_HADAMARD_KV_HB] = {3, 3, -1, qz_py_hadamard_quantize_kv_hb},
+    [OP_QUANTIZE_KV] = {1, 2, -1, qz_py_quantize_kv},
+    [OP_DEQUANTIZE_KV] = {2, 3, -1, qz_py_dequantize_kv},
+    [OP_KV_ATTENTION] = {3, 3, -1, qz_py_kv_attention},
 };
 
 /* The place of output_features, which functions qmm_t do not have, after the stored arrays; -1 where it is taken, or no
@@ -159,6 +222,7 @@ static int absent_place(const op_row *op) {
 
 static PyObject *default_of(const struct parameter *p) {
     if (p->word) return PyUnicode_InternFromString(p->word);
+    if (p->number == ZERO) return PyLong_FromLong(0);
     if (p->number < 0) return PyBool_FromLong(p->number == TRUE);
     return p->number ? PyLong_FromLong(p->number) : Py_NewRef(Py_None);
 }

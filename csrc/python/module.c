@@ -92,6 +92,25 @@ static PyMethodDef functions[] = {
      "to_fp8($module, plan, x, out, input_dtype, /)\n--\n\nRounds floats to FP8."},
     {"from_fp8", (PyCFunction)(void (*)(void))qz_py_from_fp8, METH_FASTCALL,
      "from_fp8($module, plan, x, dtype, out, /)\n--\n\nWidens FP8 to floats."},
+    {"fwht", (PyCFunction)(void (*)(void))qz_py_fwht, METH_FASTCALL,
+     "fwht($module, plan, x, signs, inverse, out, input_dtype, /)\n--\n\nRotates rows."},
+    {"hadamard_quantize_kv", (PyCFunction)(void (*)(void))qz_py_hadamard_quantize_kv, METH_FASTCALL,
+     "hadamard_quantize_kv($module, plan, src, packed, norms, write_pos, is_sliding, scale_factor_d512, rms_scratch, "
+     "/)\n--\n\nEncodes one position."},
+    {"hadamard_quantize_kv_seq", (PyCFunction)(void (*)(void))qz_py_hadamard_quantize_kv_seq, METH_FASTCALL,
+     "hadamard_quantize_kv_seq($module, plan, src, packed, norms, write_pos_start, n_tokens, src_tok_offset, "
+     "is_sliding, scale_factor_d512, /)\n--\n\nEncodes several positions."},
+    {"hadamard_quantize_kv_hb", (PyCFunction)(void (*)(void))qz_py_hadamard_quantize_kv_hb, METH_FASTCALL,
+     "hadamard_quantize_kv_hb($module, plan, src, packed, norms, write_pos, codebook_bits, is_sliding, "
+     "scale_factor_d512, /)\n--\n\nEncodes one position, a byte per code."},
+    {"quantize_kv", (PyCFunction)(void (*)(void))qz_py_quantize_kv, METH_FASTCALL,
+     "quantize_kv($module, plan, x, bits, scale, norms_dtype, out, input_dtype, /)\n--\n\nEncodes rows."},
+    {"dequantize_kv", (PyCFunction)(void (*)(void))qz_py_dequantize_kv, METH_FASTCALL,
+     "dequantize_kv($module, plan, packed, norms, bits, codec, rotated, scale_factor_d512, out, /)\n--\n\nDecodes "
+     "rows."},
+    {"kv_attention", (PyCFunction)(void (*)(void))qz_py_kv_attention, METH_FASTCALL,
+     "kv_attention($module, plan, q, k_cache, v_cache, bits, value_bits, codec, length, start, scale, mask, causal, "
+     "window, softcap, scale_factor_d512, out, input_dtype, /)\n--\n\nAttends to packed keys and values."},
     {"probe", (PyCFunction)(void (*)(void))qz_py_probe, METH_FASTCALL,
      "probe($module, plan, what, source, target, repeats, /)\n--\n\nDoes a ceiling's work; returns how much."},
     {"formats", qz_list_formats, METH_NOARGS, "formats($module, /)\n--\n\nThe rows of formats.def."},

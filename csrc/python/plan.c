@@ -42,6 +42,13 @@ static const op_row ops[] = {
     {"nvfp4_gather_qmm_rhs", OP_GATHER_RHS_FP, "nvfp4", 0, 0},
     {"to_fp8", OP_TO_FP8, NULL, 0, 0},
     {"from_fp8", OP_FROM_FP8, NULL, 0, 0},
+    {"fwht", OP_FWHT, NULL, 0, 0},
+    {"hadamard_quantize_kv", OP_HADAMARD_KV, NULL, 0, 0},
+    {"hadamard_quantize_kv_seq", OP_HADAMARD_KV_SEQ, NULL, 0, 0},
+    {"hadamard_quantize_kv_hb", OP_HADAMARD_KV_HB, NULL, 0, 0},
+    {"quantize_kv", OP_QUANTIZE_KV, NULL, 0, 0},
+    {"dequantize_kv", OP_DEQUANTIZE_KV, NULL, 0, 0},
+    {"kv_attention", OP_KV_ATTENTION, NULL, 0, 0},
     {"quantize", OP_FAKE_QUANTIZE, NULL, 0, 0},
 };
 
@@ -169,6 +176,13 @@ static PyObject *plan_variant(PyObject *object, void *unused) {
     case OP_GATHER_RHS: return PyUnicode_FromFormat("exact, %s", self->plan.kernels->matmul_note);
     case OP_TO_FP8:
     case OP_FROM_FP8: return PyUnicode_FromString("float32, by element");
+    case OP_HADAMARD_KV:
+    case OP_HADAMARD_KV_SEQ:
+    case OP_HADAMARD_KV_HB:
+    case OP_QUANTIZE_KV:
+    case OP_DEQUANTIZE_KV:
+    case OP_FWHT: return PyUnicode_FromString("float32, by row");
+    case OP_KV_ATTENTION: return PyUnicode_FromString("float32, fused sums in one order");
     case OP_FAKE_QUANTIZE: return PyUnicode_FromString("streaming stores for large arrays");
     default: return PyUnicode_FromString("float32, by group");
     }
@@ -245,6 +259,13 @@ const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind
         [OP_GATHER_RHS_FP] = "mxfp4_gather_qmm_rhs",
         [OP_TO_FP8] = "to_fp8",
         [OP_FROM_FP8] = "from_fp8",
+        [OP_FWHT] = "fwht",
+        [OP_HADAMARD_KV] = "hadamard_quantize_kv",
+        [OP_HADAMARD_KV_SEQ] = "hadamard_quantize_kv_seq",
+        [OP_HADAMARD_KV_HB] = "hadamard_quantize_kv_hb",
+        [OP_QUANTIZE_KV] = "quantize_kv",
+        [OP_DEQUANTIZE_KV] = "dequantize_kv",
+        [OP_KV_ATTENTION] = "kv_attention",
     };
     const module_state *state = PyModule_GetState(module);
     if (Py_TYPE(object) == state->plan_type) {

@@ -20,22 +20,7 @@ int qz_take_global_scale(const call *c, const qz_format *format, PyObject *objec
     if (object == Py_None) return 0;
     if (strcmp(format->scale, "e8m0") == 0)
         return qz_raise(PyExc_TypeError, c->op, "there is no global_scale in mode '%s'", format->mode);
-    const int is_number = !PyUnicode_Check(object) && !PyBytes_Check(object) && !PyBool_Check(object);
-    PyObject *number = is_number ? PyNumber_Float(object) : NULL;
-    if (!number) {
-        if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError)) {
-            PyErr_Clear();
-            return qz_raise(PyExc_ValueError, c->op, "global_scale is out of range: it does not fit a float");
-        }
-        if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
-        PyErr_Clear();
-        PyObject *kind = PyType_GetName(Py_TYPE(object));
-        if (kind) qz_raise(PyExc_TypeError, c->op, "global_scale must be a number, got %U", kind);
-        Py_XDECREF(kind);
-        return -1;
-    }
-    *scale = (float)PyFloat_AsDouble(number);
-    Py_DECREF(number);
+    if (qz_take_number(c, "global_scale", object, scale) < 0) return -1;
     if (*scale >= 0 && *scale <= 0x1.fffffep127f) return 0;
     return qz_raise(PyExc_ValueError, c->op, "global_scale must be finite and not negative, got %R", object);
 }

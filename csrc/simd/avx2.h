@@ -476,4 +476,101 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     _mm_storeu_si128((__m128i *)(packed + 2 * bits), _mm256_extracti128_si256(v, 1));
 }
 
+/* The KV cache. */
+
+#define QZ_TABLE_BITS 3
+
+QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
+    if (distance == 4) return _mm256_permute2f128_ps(v, v, 1);
+    return distance == 1 ? _mm256_permute_ps(v, 0xb1) : _mm256_permute_ps(v, 0x4e);
+}
+static inline float first_f32(v_f32 v) { return _mm256_cvtss_f32(v); }
+
+static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
+    return _mm256_sub_epi32(counts, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+}
+
+QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
+    if (bits > 4) return _mm256_i32gather_ps(table, index, 4);
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    if (bits < 4) return low;
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
+    return _mm256_and_si256(_mm256_i32gather_epi32((const int *)(const void *)table, index, 1),
+                            _mm256_set1_epi32(0xff));
+}
+static inline v_bytes load_codes(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
+
+/* Attention over the KV cache. */
+
+#define QZ_SCORE_ROWS 4
+#define QZ_SCORE_POSITIONS 1
+#define QZ_WEIGH_VECTORS 2
+#define QZ_WEIGH_UNITS 1
+
+QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
+    __m256 eights[8], fours[4], twos[2];
+    QZ_UNROLL
+    for (int i = 0; i < 8; i++) { /* such an order that the last step leaves the sums in order */
+        const float *from = chains + 16 * (i % 2 * 4 + i / 2);
+        eights[i] = _mm256_add_ps(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        __m256 a = eights[2 * i], b = eights[2 * i + 1];
+        fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        __m256 a = fours[2 * i], b = fours[2 * i + 1];
+        twos[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    }
+    return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x44), _mm256_shuffle_ps(twos[0], twos[1], 0xee));
+}
+
+/* Up to 16 values by their bytes, which VPSHUFB looks up and unpacking joins; more are gathered. */
+typedef struct v_centroids {
+    __m256i planes[4];
+    const float *values;
+} v_centroids;
+static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+    v_centroids c = {.values = values};
+    for (int i = 0; i < 4; i++) c.planes[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)planes + i));
+    return c;
+}
+
+/* The codes whose numbers are 0...3 modulo 8 in the lower half and the others in the upper, so that unpacking within
+ * halves leaves eight neighbours. */
+QZ_INLINE __m256i codes_by_fours(const uint8_t *packed, int bits) {
+    const __m256i bytes_of_pairs = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, //
+                                                    2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    if (bits != 4) {
+        return _mm256_permutevar8x32_epi32(unpack_32_codes(packed, bits), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    }
+    __m256i pairs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    pairs = _mm256_shuffle_epi8(pairs, bytes_of_pairs);
+    return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+}
+
+QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
+    if (bits > 4) {
+        uint8_t codes[32];
+        _mm256_storeu_si256((__m256i *)codes, unpack_32_codes(packed, in_bytes ? 8 : bits));
+        QZ_UNROLL
+        for (int i = 0; i < 4; i++) to[i] = _mm256_i32gather_ps(c->values, i32_from_u8(codes + 8 * i), 4);
+        return;
+    }
+    const __m256i codes = codes_by_fours(packed, bits);
+    const __m256i first = _mm256_shuffle_epi8(c->planes[0], codes), second = _mm256_shuffle_epi8(c->planes[1], codes);
+    const __m256i third = _mm256_shuffle_epi8(c->planes[2], codes), fourth = _mm256_shuffle_epi8(c->planes[3], codes);
+    const __m256i low = _mm256_unpacklo_epi8(first, second), low_end = _mm256_unpackhi_epi8(first, second);
+    const __m256i high = _mm256_unpacklo_epi8(third, fourth), high_end = _mm256_unpackhi_epi8(third, fourth);
+    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
+    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
+    to[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_end, high_end));
+    to[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_end, high_end));
+}
+
 #endif

@@ -358,4 +358,116 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     _mm512_storeu_si512(packed, v);
 }
 
+/* The KV cache. */
+
+#define QZ_TABLE_BITS 5
+
+QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
+    if (distance == 8) return _mm512_shuffle_f32x4(v, v, 0x4e);
+    if (distance == 4) return _mm512_shuffle_f32x4(v, v, 0xb1);
+    return distance == 1 ? _mm512_shuffle_ps(v, v, 0xb1) : _mm512_shuffle_ps(v, v, 0x4e);
+}
+static inline float first_f32(v_f32 v) { return _mm_cvtss_f32(_mm512_castps512_ps128(v)); }
+
+static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
+    const __mmask16 greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(counts, greater, counts, _mm512_set1_epi32(1));
+}
+
+QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
+    const __m512 first = _mm512_loadu_ps(table);
+    if (bits <= 4) return _mm512_permutexvar_ps(index, first);
+    if (bits == 5) return _mm512_permutex2var_ps(first, index, _mm512_loadu_ps(table + 16));
+    return _mm512_i32gather_ps(index, table, 4);
+}
+static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
+    return _mm512_and_si512(_mm512_i32gather_epi32(index, table, 1), _mm512_set1_epi32(0xff));
+}
+static inline v_bytes load_codes(const void *from) { return _mm512_loadu_si512(from); }
+
+/* Attention over the KV cache. */
+
+#define QZ_SCORE_ROWS 4
+#define QZ_SCORE_POSITIONS 4
+#define QZ_WEIGH_VECTORS 2
+#define QZ_WEIGH_UNITS 4
+
+QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
+    __m512 v[16], eights[8], fours[4], twos[2];
+    QZ_UNROLL
+    for (int i = 0; i < 16; i++) /* such an order that the last step leaves the sums in order */
+        v[i] = _mm512_loadu_ps(chains + 16 * (i % 4 * 4 + i / 4));
+    QZ_UNROLL
+    for (int i = 0; i < 8; i++) {
+        __m512 a = v[2 * i], b = v[2 * i + 1];
+        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        __m512 a = eights[2 * i], b = eights[2 * i + 1];
+        fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        __m512 a = fours[2 * i], b = fours[2 * i + 1];
+        twos[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x44), _mm512_shuffle_ps(twos[0], twos[1], 0xee));
+}
+
+/* Up to 64 values in registers; more are gathered. */
+typedef struct v_centroids {
+    __m512 of_16[4];
+    const float *values;
+} v_centroids;
+static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+    v_centroids c = {.values = values};
+    (void)planes;
+    for (int i = 0; i < 4; i++) c.of_16[i] = _mm512_loadu_ps(values + 16 * i);
+    return c;
+}
+
+/* Sixteen codes of up to 4 bits, from `first` on, of the 64 bits at `packed`, each at the bottom of its lane, with
+ * something else above it: VPERMPS looks at four bits, and of narrower codes the values are repeated. */
+QZ_INLINE v_i32 codes_of_64_bits(const uint8_t *packed, int bits, int first) {
+    const __m512i places = _mm512_setr_epi64(0x100000000, 0x300000002, 0x500000004, 0x700000006, 0x900000008,
+                                             0xb0000000a, 0xd0000000c, 0xf0000000e);
+    const __m512i shifts =
+        _mm512_add_epi32(_mm512_mullo_epi32(places, _mm512_set1_epi32(bits)), _mm512_set1_epi32(first));
+    int64_t all;
+    memcpy(&all, packed, sizeof all);
+    return _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(all));
+}
+
+QZ_INLINE v_f32 centroids_of_lanes(v_i32 codes, const v_centroids *c, int bits) {
+    if (bits <= 4) return _mm512_permutexvar_ps(codes, c->of_16[0]);
+    const __m512 low = _mm512_permutex2var_ps(c->of_16[0], codes, c->of_16[1]);
+    if (bits == 5) return low;
+    const __m512 high = _mm512_permutex2var_ps(c->of_16[2], codes, c->of_16[3]);
+    return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(codes, _mm512_set1_epi32(31)), low, high);
+}
+
+QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
+    if (bits <= 4) {
+        to[0] = centroids_of_lanes(codes_of_64_bits(packed, bits, 0), c, bits);
+        to[1] = centroids_of_lanes(codes_of_64_bits(packed + 4 * bits - 8, bits, 64 - 16 * bits), c, bits);
+        return;
+    }
+    const __m512i codes = unpack_in_order(packed, in_bytes ? 8 : bits, 32);
+    if (bits < 8) {
+        to[0] = centroids_of_lanes(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(codes)), c, bits);
+        to[1] = centroids_of_lanes(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(codes, 1)), c, bits);
+        return;
+    }
+    uint8_t each[64];
+    store_u8(each, codes);
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(each + 16 * i)));
+        const __m256i high = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(each + 16 * i + 8)));
+        const __m256 a = _mm256_i32gather_ps(c->values, low, 4), b = _mm256_i32gather_ps(c->values, high, 4);
+        to[i] = _mm512_castsi512_ps(join_halves(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    }
+}
+
 #endif

@@ -227,4 +227,35 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     pack_bits(packed, plain, bits, sizeof codes);
 }
 
+/* The KV cache. */
+
+/* QZ_TABLE_BITS: a table of 2^that entries of 32 bits is looked up by one instruction, and 5 says as well that of an
+ * index only the lowest five bits count. */
+#define QZ_TABLE_BITS 4
+
+/* Lane i is lane i ^ distance of v: 1, 2, 4 or 8, less than QZ_LANES, and a constant once inlined. */
+QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
+    return distance == 1 ? (v_f32){v[1], v[0], v[3], v[2]} : (v_f32){v[2], v[3], v[0], v[1]};
+}
+static inline float first_f32(v_f32 v) { return v[0]; }
+
+/* counts + 1 where a > b. */
+static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) { return counts - (v_i32)(a > b); }
+
+/* Element index[i] of a table of 2^bits, but where bits is less than 4: then it is repeated up to 16, and an index is
+ * below 16. */
+QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
+    (void)bits;
+    return (v_f32){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+/* The same of a table of bytes, of any size; three bytes after the last can be read. */
+static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
+    return (v_i32){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+static inline v_bytes load_codes(const void *from) {
+    v_bytes v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
 #endif

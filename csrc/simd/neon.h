@@ -293,4 +293,104 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     vst1q_u8(packed, vqtbl1q_u8(vreinterpretq_u8_u64(eights), order));
 }
 
+/* The KV cache. */
+
+#define QZ_TABLE_BITS 4
+
+QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) { return distance == 1 ? vrev64q_f32(v) : vextq_f32(v, v, 2); }
+static inline float first_f32(v_f32 v) { return vgetq_lane_f32(v, 0); }
+
+static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
+    return vsubq_s32(counts, vreinterpretq_s32_u32(vcgtq_f32(a, b)));
+}
+
+QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
+    if (bits > 4) {
+        int32_t at[4];
+        vst1q_s32(at, index);
+        const float found[4] = {table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+        return vld1q_f32(found);
+    }
+    const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t *)table);
+    const uint32x4_t four = vmlaq_n_u32(vdupq_n_u32(0x03020100), vreinterpretq_u32_s32(index), 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(four)));
+}
+static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
+    int32_t at[4];
+    vst1q_s32(at, index);
+    const int32_t found[4] = {table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+    return vld1q_s32(found);
+}
+static inline v_bytes load_codes(const void *from) { return vld1q_u8(from); }
+
+/* Attention over the KV cache. */
+
+#define QZ_SCORE_ROWS 2
+#define QZ_SCORE_POSITIONS 2
+#define QZ_WEIGH_VECTORS 4
+#define QZ_WEIGH_UNITS 1
+
+QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
+    float32x4_t fours[4], twos[2];
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const float *from = chains + 16 * i;
+        fours[i] = vaddq_f32(vaddq_f32(vld1q_f32(from), vld1q_f32(from + 8)),
+                             vaddq_f32(vld1q_f32(from + 4), vld1q_f32(from + 12)));
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        const float32x4_t a = fours[2 * i], b = fours[2 * i + 1];
+        twos[i] =
+            vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+    }
+    return vpaddq_f32(twos[0], twos[1]);
+}
+
+/* Up to 16 values by their bytes, which TBL looks up and zipping joins; more are loaded one by one. */
+typedef struct v_centroids {
+    uint8x16_t planes[4];
+    const float *values;
+} v_centroids;
+static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+    v_centroids c = {.values = values};
+    for (int i = 0; i < 4; i++) c.planes[i] = vld1q_u8(planes + 16 * i);
+    return c;
+}
+
+QZ_INLINE void centroids_of_16(v_f32 *to, uint8x16_t codes, const v_centroids *c) {
+    const uint8x16_t first = vqtbl1q_u8(c->planes[0], codes), second = vqtbl1q_u8(c->planes[1], codes);
+    const uint8x16_t third = vqtbl1q_u8(c->planes[2], codes), fourth = vqtbl1q_u8(c->planes[3], codes);
+    const uint16x8_t low = vreinterpretq_u16_u8(vzip1q_u8(first, second));
+    const uint16x8_t low_end = vreinterpretq_u16_u8(vzip2q_u8(first, second));
+    const uint16x8_t high = vreinterpretq_u16_u8(vzip1q_u8(third, fourth));
+    const uint16x8_t high_end = vreinterpretq_u16_u8(vzip2q_u8(third, fourth));
+    to[0] = vreinterpretq_f32_u16(vzip1q_u16(low, high));
+    to[1] = vreinterpretq_f32_u16(vzip2q_u16(low, high));
+    to[2] = vreinterpretq_f32_u16(vzip1q_u16(low_end, high_end));
+    to[3] = vreinterpretq_f32_u16(vzip2q_u16(low_end, high_end));
+}
+
+QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
+    if (bits > 4) {
+        uint8_t codes[32];
+        unpack_bits(codes, packed, in_bytes ? 8 : bits, 32);
+        QZ_UNROLL
+        for (int i = 0; i < 8; i++) {
+            const uint8_t *four = codes + 4 * i;
+            to[i] = (v_f32){c->values[four[0]], c->values[four[1]], c->values[four[2]], c->values[four[3]]};
+        }
+        return;
+    }
+    if (bits == 4) {
+        const uint8x16_t pairs = vld1q_u8(packed);
+        const uint8x16_t even = vandq_u8(pairs, vdupq_n_u8(15)), odd = vshrq_n_u8(pairs, 4);
+        centroids_of_16(to, vzip1q_u8(even, odd), c);
+        centroids_of_16(to + 4, vzip2q_u8(even, odd), c);
+        return;
+    }
+    centroids_of_16(to, unpack_in_order(packed, bits, 16), c);
+    centroids_of_16(to + 4, unpack_in_order(packed + 2 * bits, bits, 16), c);
+}
+
 #endif

@@ -172,6 +172,75 @@ def gather_rhs_fp(
 def fake_quantize(plan: Plan, x: Any, bits: int, out: Any, input_dtype: str | None, /) -> Any: ...
 def to_fp8(plan: Plan, x: Any, out: Any, input_dtype: str | None, /) -> Any: ...
 def from_fp8(plan: Plan, x: Any, dtype: Any, out: Any, /) -> Any: ...
+def fwht(plan: Plan, x: Any, signs: bool, inverse: bool, out: Any, input_dtype: str | None, /) -> Any: ...
+def hadamard_quantize_kv(
+    plan: Plan,
+    src: Any,
+    packed: Any,
+    norms: Any,
+    write_pos: Any,
+    is_sliding: bool,
+    scale_factor_d512: float | None,
+    rms_scratch: Any,
+    /,
+) -> tuple[Any, Any]: ...
+def hadamard_quantize_kv_seq(
+    plan: Plan,
+    src: Any,
+    packed: Any,
+    norms: Any,
+    write_pos_start: Any,
+    n_tokens: Any,
+    src_tok_offset: Any,
+    is_sliding: bool,
+    scale_factor_d512: float | None,
+    /,
+) -> tuple[Any, Any]: ...
+def hadamard_quantize_kv_hb(
+    plan: Plan,
+    src: Any,
+    packed: Any,
+    norms: Any,
+    write_pos: Any,
+    codebook_bits: Any,
+    is_sliding: bool,
+    scale_factor_d512: float | None,
+    /,
+) -> tuple[Any, Any]: ...
+def quantize_kv(
+    plan: Plan, x: Any, bits: int, scale: str, norms_dtype: Any, out: Any, input_dtype: str | None, /
+) -> tuple[Any, Any]: ...
+def dequantize_kv(
+    plan: Plan,
+    packed: Any,
+    norms: Any,
+    bits: int,
+    codec: int,
+    rotated: bool,
+    scale_factor_d512: float | None,
+    out: Any,
+    /,
+) -> Any: ...
+def kv_attention(
+    plan: Plan,
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    bits: int,
+    value_bits: int | None,
+    codec: int,
+    length: int | None,
+    start: int,
+    scale: float | None,
+    mask: Any,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale_factor_d512: float | None,
+    out: Any,
+    input_dtype: str | None,
+    /,
+) -> Any: ...
 def probe(plan: Plan, what: str, source: Any, target: Any, repeats: int, /) -> float: ...
 def formats() -> tuple[dict[str, Any], ...]: ...
 def isas() -> tuple[dict[str, Any], ...]: ...

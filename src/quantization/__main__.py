@@ -1,4 +1,4 @@
-"""Command line: ``python -m quantization demo | report | convert | bench | info``.
+"""Command line: ``python -m quantization demo | report | convert | rates | bench | info``.
 
 Errors are one line on stderr and exit status 2.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from . import _convert, _extras, _formats, _report, show_config
+from . import _convert, _extras, _formats, _rates, _report, show_config
 from ._bench import run as _bench
 
 
@@ -83,6 +83,10 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     print(f"{arguments.target}: {done.nbytes / 1e6:.1f} MB, {8 * done.nbytes / max(1, done.weights):.2f} bits/weight")
 
 
+def _run_rates(arguments: argparse.Namespace) -> None:
+    _rates.run(sys.stdout, arguments.head_dim, arguments.vectors, arguments.plot)
+
+
 def _run_bench(arguments: argparse.Namespace) -> int:
     if arguments.restart:
         _bench.machine.restart_with_blas_environment()
@@ -131,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_run_report)
 
     _add_convert(commands)
+    rates = commands.add_parser("rates", help="bits and error of the key-value codecs beside theory")
+    rates.add_argument("--head-dim", type=int, default=256, metavar="D", help="length of a vector (default: 256)")
+    rates.add_argument("--vectors", type=int, default=10000, metavar="N", help="how many of them (default: 10000)")
+    rates.set_defaults(run=_run_rates)
     for command in (demo, report):
         command.add_argument(
             "--format",
@@ -138,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help="a format such as affine_4_g64; may be given several times",
         )
+    for command in (demo, report, rates):
         command.add_argument("--plot", metavar="FILE", help="also draw it (.png, .svg, .pdf)")
     bench = commands.add_parser("bench", help="kernels and peers beside the ceilings of this machine")
     _bench.add_arguments(bench)

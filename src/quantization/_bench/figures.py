@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import _text
-from . import ceilings, elementwise, gather, machine, ours, peers, scratch
+from . import attention, ceilings, elementwise, gather, machine, ours, peers, scratch
 from .clock import LEAST_SHARE
 from .gates import Gate, Product, verdict
 from .matmuls import READ_BOUND, cached_weights, figure_of
@@ -142,6 +142,10 @@ def gather_calls(gate: Gate, isa: str, effort: Effort) -> Measurement:
         return measure(Work(experts.gathered(), 1.0), against("a call for each", experts.separate()), effort)
 
 
+def _attention(gate: Gate, isa: str, effort: Effort, group: int) -> Measurement:
+    return attention.take(1 << 15, group, isa, gate.threads, effort)[0]
+
+
 def _fake_quantize(gate: Gate, isa: str, effort: Effort, cached: bool) -> Measurement:
     case = ours.fake_quantizing(elementwise.in_cache() if cached else elementwise.large(), cached)
     with settings(isa, gate.threads):
@@ -156,6 +160,15 @@ def fake_quantize_memory(gate: Gate, isa: str, effort: Effort) -> Measurement:
 def fake_quantize_cache(gate: Gate, isa: str, effort: Effort) -> Measurement:
     """Divide by memcpy within a core's L2."""
     return _fake_quantize(gate, isa, effort, True)
+
+
+def kv_encode(gate: Gate, isa: str, effort: Effort) -> Measurement:
+    """Take the nanoseconds that a vector of 128 in a core's L2 takes."""
+    vectors = max(1, elementwise.in_cache() // 128)
+    case = ours.encoding_kv(vectors)
+    with settings(isa, gate.threads):
+        result = measure(case.work, elementwise.ceiling_for(case, isa, gate.threads), effort)
+    return dataclasses.replace(result, ratio=result.seconds * 1e9 / vectors, spread=0.0)
 
 
 def scratch_a_thread(gate: Gate, isa: str, effort: Effort) -> Measurement:
@@ -181,8 +194,11 @@ FIGURES: dict[str, Callable[[Gate, str, Effort], Measurement]] = {
     "mlx": mlx,
     "gather_roof": gather_roof,
     "gather_calls": gather_calls,
+    "attention_read": lambda gate, isa, effort: _attention(gate, isa, effort, 1),
+    "attention_fma": lambda gate, isa, effort: _attention(gate, isa, effort, 8),
     "fake_quantize_memory": fake_quantize_memory,
     "fake_quantize_cache": fake_quantize_cache,
+    "kv_encode": kv_encode,
     "scratch": scratch_a_thread,
     "call_float32": lambda gate, isa, effort: _call_overhead("float32", effort),
     "call_bfloat16": lambda gate, isa, effort: _call_overhead("bfloat16", effort),

@@ -141,6 +141,15 @@ def _gather() -> Iterator[Gate]:
             yield Gate(f"{name}, 8 calls of affine_qmv / one", "gather_calls", isa, threads, product, 0.97, 1.03)
 
 
+def _attention() -> Iterator[Gate]:
+    """One query a head over 32768 positions of 4 bits: by reading them, and for a group of 8 by the FMA peak."""
+    name, accuracy = "attention 4-bit, 32K positions", "exact f32"
+    for isa, must, stretch, of_groups in (("avx512", 0.6, 0.8, 0.5), ("avx2", None, None, None)):
+        for threads in (1, 2):
+            yield Gate(name, "attention_read", isa, threads, None, must, stretch, False, accuracy)
+            yield Gate(f"{name}, groups of 8", "attention_fma", isa, threads, None, of_groups, None, False, accuracy)
+
+
 def _memory() -> Iterator[Gate]:
     """Memory that products take beyond their arguments, each way through them: no dequantized matrix is among it.
 
@@ -164,6 +173,9 @@ def _others() -> Iterator[Gate]:
     for threads in (1, 2):
         yield Gate("fake quantize / NT copy", "fake_quantize_memory", "", threads, None, 0.85, 0.95, False, "exact f32")
     yield Gate("fake quantize / memcpy in L2", "fake_quantize_cache", "", 1, None, 0.45, 0.65, False, "exact f32")
+    for isa, must, stretch in (("avx512", 30.0, 16.0), ("avx2", None, None)):
+        name = "KV cache, encode 4-bit, ns a vector of 128"
+        yield Gate(name, "kv_encode", isa, 1, None, must, stretch, True, "exact f32")
     for m, must in ((1, 40.0), (128, 70.0)):
         yield Gate(f"MLX float32 / ours, M={m}", "mlx", "", 1, Product(m), must, None)
     for variant, must in ((EXACT, 1.5), (BF16, 2.5)):
@@ -171,7 +183,16 @@ def _others() -> Iterator[Gate]:
         yield Gate(name, f"call_{variant.dtype}", "", 1, None, must, None, True, variant.accuracy)
 
 
-GATES: tuple[Gate, ...] = (*_decode(), *_few(), *_prefill(), *_small_floats(), *_gather(), *_others(), *_memory())
+GATES: tuple[Gate, ...] = (
+    *_decode(),
+    *_few(),
+    *_prefill(),
+    *_small_floats(),
+    *_gather(),
+    *_attention(),
+    *_others(),
+    *_memory(),
+)
 VERDICTS = ("met", "missed", "no limit", "not run")
 
 

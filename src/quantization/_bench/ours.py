@@ -192,6 +192,16 @@ def fake_quantizing(elements: int, cached: bool) -> Elementwise:
     return Elementwise("quantize", what, "exact f32", "copy" if cached else "stream", Work(run, nbytes), nbytes)
 
 
+def encoding_kv(vectors: int) -> Elementwise:
+    """Return `quantize_kv` of vectors of 128 with 4 bits, in the cache against memcpy."""
+    x = np.random.default_rng(1).standard_normal((vectors, 128), dtype=np.float32)
+    out = q.quantize_kv(x)
+    kernel = q.QuantizeKv()
+    run = repeat(lambda: kernel(x, out=out))
+    nbytes = x.nbytes + out[0].nbytes + out[1].nbytes
+    return Elementwise("quantize_kv", f"{vectors:,} x 128 floats", "exact f32", "copy", Work(run, nbytes), nbytes)
+
+
 def tiny_call(dtype: str) -> Callable[[], Any]:
     """Return a product with a 64 x 64 matrix, small enough that only the way to the kernel takes time."""
     scale_dtype = "bfloat16" if dtype == "bfloat16" else "float32"

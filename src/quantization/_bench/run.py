@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from .. import _text, get_num_threads
 from .._extras import require
-from . import ceilings, elementwise, figures, formats, gather, machine, matmuls, plot, summary
+from . import attention, ceilings, elementwise, figures, formats, gather, machine, matmuls, plot, summary
 from . import shapes as known
 from .gates import GATES, VERDICTS, Gate
 from .rows import Row, as_json, table, write_json
@@ -22,11 +22,12 @@ from .sampling import FULL, QUICK, Effort, Work, measure
 from .stored import EVERY, SMALL_FLOATS, Stored
 from .stored import parse as parse_formats
 
-TABLES = ("matmul", "gather", "elementwise", "calls")
+TABLES = ("matmul", "gather", "attention", "elementwise", "calls")
 ASKED_TABLES = ("formats",)
 """Tables that are printed only where they are asked for."""
 SUMMARY_TITLE = "products in short"
 GATHER_TITLE = "products with experts"
+ATTENTION_TITLE = "attention of one query a head: heads x positions x dimension; M: query heads to a head of the cache"
 ELEMENTWISE_TITLE = "quantize, dequantize, convert, fake quantize"
 FORMATS_TITLE = "every format"
 LEGEND = """\
@@ -34,6 +35,7 @@ accuracy class: exact f32 = float32 x, sums at least as exact as float32's; exac
 bits; bf16 = that or coarser sums; int8 activations = x rounded to 8 bits. A library that could round x on this CPU
 but by its error does not is among exact f32.
 rate: GB/s of codes, scales and biases at M <= 2, else GFLOP/s (2MNK); others' too, whatever their own format holds.
+attention: GB/s of packed bytes for one query to a head, else GFLOP/s of two products; weights: bytes of the cache.
 ceiling: measured directly after each sample with the same threads: read = reading the same bytes, fma = float32 FMA
 peak, stream = non-temporal copy, copy = memcpy (both read + written). by ceiling: median ± half the quartiles' range.
 by ours exact, by ours alike: the time by that of our float32 product, and of ours in the same accuracy class (bf16:
@@ -168,6 +170,10 @@ def tables(out: TextIO, options: Options) -> list[Row]:
     if "formats" in options.tables:
         found = _watched("formats", formats.rows(options, options.effort))
         out.write(f"\n{FORMATS_TITLE}\n\n{formats.table(found)}\n")
+        rows += found
+    if "attention" in options.tables:
+        found = _watched("attention", attention.rows(options, options.effort.part(0.25)))
+        _print_table(out, ATTENTION_TITLE, found)
         rows += found
     if "matmul" in options.tables:
         found = _watched("products", matmuls.rows(options, options.effort))
