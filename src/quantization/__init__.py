@@ -25,6 +25,7 @@ from ._gather_fp import (
     nvfp4_gather_qmm_rhs,
 )
 from ._kv_attention import KvAttention, kv_attention
+from ._kv_cache import KVCache
 from ._kv_codec import (
     DequantizeKv,
     Fwht,
@@ -122,6 +123,7 @@ __all__ = [
     "HadamardQuantizeKv",
     "HadamardQuantizeKvHb",
     "HadamardQuantizeKvSeq",
+    "KVCache",
     "KvAttention",
     "Mxfp4Dequantize",
     "Mxfp4GatherQmm",

@@ -35,7 +35,14 @@ def _run_demo(arguments: argparse.Namespace) -> None:
         if _ONLY_OF[name] != arguments.which:
             raise ValueError(f"demo {arguments.which}: --{name} is an option of demo {_ONLY_OF[name]}")
     options = {**given, "model": arguments.model, "formats": arguments.format, "progress": _bar("demo")}
-    if arguments.which == "smollm2":
+    if options.pop("kv", False):
+        from ._demo import kv
+
+        for name in ("prompt", "formats"):
+            if options.pop(name, None):
+                raise ValueError(f"demo smollm2 --kv: --{name.removesuffix('s')} does not go with --kv")
+        kv.run(sys.stdout, **options)
+    elif arguments.which == "smollm2":
         from ._demo import generate
 
         generate.run(sys.stdout, **options)
@@ -46,7 +53,7 @@ def _run_demo(arguments: argparse.Namespace) -> None:
 
 
 # Options of one of the demo's models, and which.
-_ONLY_OF = {"query": "minilm", "layers": "minilm", "plot": "minilm", "prompt": "smollm2"}
+_ONLY_OF = {"query": "minilm", "layers": "minilm", "plot": "minilm", "prompt": "smollm2", "kv": "smollm2"}
 
 
 def _run_report(arguments: argparse.Namespace) -> None:
@@ -120,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--query", metavar="TEXT", help="minilm: sentence to answer from the 50 of the demo")
     demo.add_argument("--layers", action="store_true", help="minilm: list every matrix at 4 bits, worst first")
     demo.add_argument("--prompt", metavar="TEXT", help="smollm2: what to ask")
+    demo.add_argument("--kv", action="store_true", help="smollm2: keys and values in few bits instead of the weights")
     demo.set_defaults(run=_run_demo)
 
     report = commands.add_parser("report", help="bits per weight and error of every tensor of a file")

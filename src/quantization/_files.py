@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import lzma
 import re
 import zipfile
 import zlib
@@ -27,6 +28,18 @@ class Unreadable:
 
 class CorruptError(Exception):
     """The file is not what its suffix says."""
+
+
+# What NumPy and zipfile raise of damaged archives: RuntimeError where bits say that they are encrypted, or packed in a
+# way that does not exist; OSError without a file name where they point outside.
+_DAMAGE = (ValueError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, KeyError, OSError)
+
+
+def _corrupt(error: BaseException, name: str = "") -> BaseException:
+    """Return the error to raise: a file that cannot be opened is no damaged one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return error
+    return CorruptError(f"{name}{error}")
 
 
 class Reader(Protocol):
@@ -55,8 +68,8 @@ class _NpzReader:
     def __init__(self, path: Path) -> None:
         try:
             self._archive = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CorruptError(str(error)) from error
+        except _DAMAGE as error:
+            raise _corrupt(error) from error
         if not isinstance(self._archive, Mapping):
             raise CorruptError("it holds a single array; is it a .npy file?")
         self.names = list(self._archive)
@@ -64,10 +77,10 @@ class _NpzReader:
     def __getitem__(self, name: str) -> Any:
         try:
             array = self._archive[name]
-        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             if "Object arrays" in str(error):
                 return Unreadable((), "object", "object: pickled objects are never loaded")
-            raise CorruptError(f"{name}: {error}") from error
+            raise _corrupt(error, f"{name}: ") from error
         return array if isinstance(array, np.ndarray) else Unreadable((len(array),), "bytes", "not an array")
 
 

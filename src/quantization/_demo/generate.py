@@ -91,25 +91,13 @@ class Comparison:
         return [name for name, values in self.floats.items() if not np.array_equal(values, decode(f"{name}.weight"))]
 
     def _row(self, name: str, matrices: Mapping[str, Any], network: Network, logits: np.ndarray) -> Row:
-        loss, divergence = self._loss(logits)
-        agreement = float((logits.argmax(axis=1) == self._reference.argmax(axis=1)).mean())
+        perplexity, divergence, agreement = against(self._reference, logits, self.ids)
         tokens, kernel, token = self._decode(network)
         nbytes = sum(matrix.nbytes for matrix in matrices.values())
         misfits = [
             key for key, matrix in matrices.items() if matrices is not self.floats and matrix is self.floats[key]
         ]
-        return Row(name, nbytes, float(np.exp(loss)), divergence, agreement, kernel, token, tokens, misfits)
-
-    def _loss(self, logits: np.ndarray) -> tuple[float, float]:
-        """Mean negative log-likelihood of each next token, and mean divergence from float32, in float64."""
-        loss = divergence = 0.0
-        following = np.asarray(self.ids[1:])
-        for start in range(0, len(following), 64):  # a block of positions takes 64 * 49152 doubles
-            rows = slice(start, min(start + 64, len(following)))
-            here, expected = (_log_softmax(scores[rows]) for scores in (logits, self._reference))
-            loss -= float(np.take_along_axis(here, following[rows, None], axis=1).sum())
-            divergence += float((np.exp(expected) * (expected - here)).sum())
-        return loss / len(following), divergence / len(following)
+        return Row(name, nbytes, perplexity, divergence, agreement, kernel, token, tokens, misfits)
 
     def _decode(self, network: Network) -> tuple[list[int], float, float]:
         """Generate from the prompt; the first token is not timed, for it takes the whole prompt."""
@@ -122,6 +110,19 @@ class Comparison:
             return tokens, float("nan"), float("nan")
         kernel, whole = (statistics.median(step[kind] for step in steps) for kind in (0, 1))
         return tokens, kernel, whole
+
+
+def against(reference: np.ndarray, logits: np.ndarray, ids: Sequence[int]) -> tuple[float, float, float]:
+    """Perplexity of a text, and mean divergence and share of equal likeliest tokens against others' logits."""
+    loss = divergence = 0.0
+    following = np.asarray(ids[1:])
+    for start in range(0, len(following), 64):  # a block of positions takes 64 * 49152 doubles
+        rows = slice(start, min(start + 64, len(following)))
+        here, expected = (_log_softmax(scores[rows]) for scores in (logits, reference))
+        loss -= float(np.take_along_axis(here, following[rows, None], axis=1).sum())
+        divergence += float((np.exp(expected) * (expected - here)).sum())
+    agreement = float((logits.argmax(axis=1) == reference.argmax(axis=1)).mean())
+    return float(np.exp(loss / len(following))), divergence / len(following), agreement
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
