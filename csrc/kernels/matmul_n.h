@@ -2,7 +2,8 @@
  * outputs; x takes each weight row's scale, so that every group of outputs has its own digits of x. */
 
 /* The codes of a block of k for one group of outputs, and the group's scales. Unpacking writes whole vectors. */
-enum { QZ_PITCH_N = 4 * QZ_MAX_GROUP };
+/* Bytes from row to row of a panel: a tile may begin at the last group of 16 outputs and takes 32. */
+enum { QZ_PITCH_N = 4 * (QZ_MAX_GROUP + 16) };
 typedef struct panel_n {
     _Alignas(64) uint8_t quads[QZ_MAX_BLOCK / 4][QZ_PITCH_N];
 #if QZ_PAIRS

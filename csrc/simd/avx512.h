@@ -251,7 +251,6 @@ static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm512_fmadd_p
 
 static inline int any_i32(v_i32 mask) { return _mm512_test_epi32_mask(mask, mask) != 0; }
 
-/* Each step halves the lanes that are left of a vector and joins two vectors. */
 static inline v_i32 f32_from_e4m3(v_f32 to[2], const uint8_t *codes) {
     const __m256i v = _mm256_loadu_si256((const __m256i *)codes), largest = _mm256_set1_epi8(0x7f);
     const __m512i wide = _mm512_srai_epi16(_mm512_slli_epi16(_mm512_cvtepu8_epi16(v), 8), 1);
@@ -261,6 +260,7 @@ static inline v_i32 f32_from_e4m3(v_f32 to[2], const uint8_t *codes) {
     return _mm512_zextsi256_si512(_mm256_cmpeq_epi8(_mm256_and_si256(v, largest), largest));
 }
 
+/* Each step halves the lanes that are left of a vector and joins two vectors. */
 #define QZ_REDUCE_EACH(name, op)                                                       \
     static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                             \
         return op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));                 \

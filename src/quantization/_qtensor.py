@@ -214,6 +214,7 @@ class QTensor:
     def __rmatmul__(self, x: Any) -> Any:
         return self._call("qmm_n", x, output_features=self.k)
 
+    @names_itself("QTensor")
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("decoding makes a new array: np.asarray(tensor) works, copy=False cannot")
@@ -291,6 +292,8 @@ def _take_length(k: int | None, groups: int, group_size: int) -> int:
     full = groups * group_size
     if k is None:
         return full
+    if isinstance(k, bool) or not hasattr(k, "__index__"):
+        raise TypeError(f"k must be an integer, got {type(k).__name__}")
     k = operator.index(k)
     least = max(0, full - group_size + 1)
     if not least <= k <= full:
