@@ -98,7 +98,7 @@ copy_tree() {
 # shellcheck disable=SC2034 # for the gates
 kernel_tests=(tests/test_quantize.py tests/test_quantize_fp.py tests/test_matmul.py tests/test_matmul_fp.py
     tests/test_gather_fp.py tests/test_fake_quantize.py tests/test_convert.py tests/test_boundary.py
-    tests/test_kv_codec.py)
+    tests/test_kv_codec.py tests/test_kv_attention.py)
 
 # build PYTHON [setup.py arguments]: the extension, in place, in the current directory, whose package then is the one used.
 build() {
