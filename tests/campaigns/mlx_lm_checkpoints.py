@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import quantization as q
 from quantization import _convert
-from quantization._formats import stored_formats
+from quantization._formats import known_formats
 
 HIDDEN, INNER, WORDS, LAYERS, BOUND = 128, 256, 512, 2, 1e-4
 CONFIG = {
@@ -42,7 +42,7 @@ SHAPES = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
-FORMATS = [f for f in stored_formats() if f.bits != 7]  # 7 bits are not MLX's
+FORMATS = [f for f in known_formats() if f.bits != 7]  # 7 bits are not MLX's
 
 
 def random_model(rng):
