@@ -1,5 +1,7 @@
 """Matrix products with weights in MLX's formats of small floats that indices choose, as in mixtures of experts."""
 
+# Written by src/fp_functions.py, which defines each operation once for all formats: change that and run it.
+
 from __future__ import annotations
 
 from typing import Any
@@ -24,107 +26,11 @@ __all__ = [
 
 
 @called_by_core
-class _MxGather(Kernel):
-    """What mxfp4 and mxfp8 share."""
-
-    def __call__(
-        self,
-        x: Any,
-        w: Any,
-        scales: Any,
-        lhs_indices: Any = None,
-        rhs_indices: Any = None,
-        transpose: bool = True,
-        *,
-        sorted_indices: bool = False,
-        accumulate: str = "exact",
-        activations: str | None = None,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> Any:
-        """Multiply; see the function of the same name."""
-        return _C.gather_fp(
-            self._plan(),
-            x,
-            w,
-            scales,
-            lhs_indices,
-            rhs_indices,
-            transpose,
-            sorted_indices,
-            None,
-            accumulate,
-            activations,
-            out,
-            input_dtype,
-        )
-
-
-@called_by_core
-class _MxGatherRhs(Kernel):
-    """What mxfp4 and mxfp8 share."""
-
-    def __call__(
-        self,
-        x: Any,
-        w: Any,
-        scales: Any,
-        indices: Any,
-        output_features: int | None = None,
-        transpose: bool = True,
-        *,
-        accumulate: str = "exact",
-        activations: str | None = None,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> Any:
-        """Multiply; see the function of the same name."""
-        return _C.gather_rhs_fp(
-            self._plan(),
-            x,
-            w,
-            scales,
-            indices,
-            output_features,
-            transpose,
-            None,
-            accumulate,
-            activations,
-            out,
-            input_dtype,
-        )
-
-
-class Mxfp4GatherQmm(_MxGather):
+class Mxfp4GatherQmm(Kernel):
     """`mxfp4_gather_qmm` as a kernel that is compiled once."""
 
     _op = "mxfp4_gather_qmm"
 
-
-class Mxfp4GatherQmmRhs(_MxGatherRhs):
-    """`mxfp4_gather_qmm_rhs` as a kernel that is compiled once."""
-
-    _op = "mxfp4_gather_qmm_rhs"
-
-
-class Mxfp8GatherQmm(_MxGather):
-    """`mxfp8_gather_qmm` as a kernel that is compiled once."""
-
-    _op = "mxfp8_gather_qmm"
-
-
-class Mxfp8GatherQmmRhs(_MxGatherRhs):
-    """`mxfp8_gather_qmm_rhs` as a kernel that is compiled once."""
-
-    _op = "mxfp8_gather_qmm_rhs"
-
-
-@called_by_core
-class Nvfp4GatherQmm(Kernel):
-    """`nvfp4_gather_qmm` as a kernel that is compiled once."""
-
-    _op = "nvfp4_gather_qmm"
-
     def __call__(
         self,
         x: Any,
@@ -135,13 +41,12 @@ class Nvfp4GatherQmm(Kernel):
         transpose: bool = True,
         *,
         sorted_indices: bool = False,
-        global_scale: float | None = None,
         accumulate: str = "exact",
         activations: str | None = None,
         out: Any = None,
         input_dtype: str | None = None,
     ) -> Any:
-        """Multiply; see the function of the same name."""
+        """Multiply; see `mxfp4_gather_qmm`."""
         return _C.gather_fp(
             self._plan(),
             x,
@@ -151,7 +56,7 @@ class Nvfp4GatherQmm(Kernel):
             rhs_indices,
             transpose,
             sorted_indices,
-            global_scale,
+            None,
             accumulate,
             activations,
             out,
@@ -159,47 +64,7 @@ class Nvfp4GatherQmm(Kernel):
         )
 
 
-@called_by_core
-class Nvfp4GatherQmmRhs(Kernel):
-    """`nvfp4_gather_qmm_rhs` as a kernel that is compiled once."""
-
-    _op = "nvfp4_gather_qmm_rhs"
-
-    def __call__(
-        self,
-        x: Any,
-        w: Any,
-        scales: Any,
-        indices: Any,
-        output_features: int | None = None,
-        transpose: bool = True,
-        *,
-        global_scale: float | None = None,
-        accumulate: str = "exact",
-        activations: str | None = None,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> Any:
-        """Multiply; see the function of the same name."""
-        return _C.gather_rhs_fp(
-            self._plan(),
-            x,
-            w,
-            scales,
-            indices,
-            output_features,
-            transpose,
-            global_scale,
-            accumulate,
-            activations,
-            out,
-            input_dtype,
-        )
-
-
-_mxfp4_gather_qmm, _mxfp4_gather_qmm_rhs = Mxfp4GatherQmm(), Mxfp4GatherQmmRhs()
-_mxfp8_gather_qmm, _mxfp8_gather_qmm_rhs = Mxfp8GatherQmm(), Mxfp8GatherQmmRhs()
-_nvfp4_gather_qmm, _nvfp4_gather_qmm_rhs = Nvfp4GatherQmm(), Nvfp4GatherQmmRhs()
+_mxfp4_gather_qmm = Mxfp4GatherQmm()
 
 
 def mxfp4_gather_qmm(
@@ -253,9 +118,9 @@ def mxfp4_gather_qmm(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp4_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (1, 2, 4)]))
+    >>> codes, scales = q.mxfp4_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (6, 12, 24)]))
     >>> q.mxfp4_gather_qmm(np.full((1, 32), 0.5, np.float32), codes, scales, rhs_indices=[[2, 0]])[:, :, 0, 7]
-    array([[2. , 0.5]], dtype=float32)
+    array([[12.,  3.]], dtype=float32)
     """
     return _C.gather_fp(
         _mxfp4_gather_qmm._plan(),
@@ -272,6 +137,46 @@ def mxfp4_gather_qmm(
         out,
         input_dtype,
     )
+
+
+@called_by_core
+class Mxfp4GatherQmmRhs(Kernel):
+    """`mxfp4_gather_qmm_rhs` as a kernel that is compiled once."""
+
+    _op = "mxfp4_gather_qmm_rhs"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        indices: Any,
+        output_features: int | None = None,
+        transpose: bool = True,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp4_gather_qmm_rhs`."""
+        return _C.gather_rhs_fp(
+            self._plan(),
+            x,
+            w,
+            scales,
+            indices,
+            output_features,
+            transpose,
+            None,
+            accumulate,
+            activations,
+            out,
+            input_dtype,
+        )
+
+
+_mxfp4_gather_qmm_rhs = Mxfp4GatherQmmRhs()
 
 
 def mxfp4_gather_qmm_rhs(
@@ -323,9 +228,9 @@ def mxfp4_gather_qmm_rhs(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp4_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (1, 2, 4)]))
+    >>> codes, scales = q.mxfp4_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (6, 12, 24)]))
     >>> q.mxfp4_gather_qmm_rhs(np.full((3, 32), 0.5, np.float32), codes, scales, [2, 0, 1])[:, 7]
-    array([2. , 0.5, 1. ], dtype=float32)
+    array([12.,  3.,  6.], dtype=float32)
     """
     return _C.gather_rhs_fp(
         _mxfp4_gather_qmm_rhs._plan(),
@@ -341,6 +246,48 @@ def mxfp4_gather_qmm_rhs(
         out,
         input_dtype,
     )
+
+
+@called_by_core
+class Mxfp8GatherQmm(Kernel):
+    """`mxfp8_gather_qmm` as a kernel that is compiled once."""
+
+    _op = "mxfp8_gather_qmm"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        lhs_indices: Any = None,
+        rhs_indices: Any = None,
+        transpose: bool = True,
+        *,
+        sorted_indices: bool = False,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp8_gather_qmm`."""
+        return _C.gather_fp(
+            self._plan(),
+            x,
+            w,
+            scales,
+            lhs_indices,
+            rhs_indices,
+            transpose,
+            sorted_indices,
+            None,
+            accumulate,
+            activations,
+            out,
+            input_dtype,
+        )
+
+
+_mxfp8_gather_qmm = Mxfp8GatherQmm()
 
 
 def mxfp8_gather_qmm(
@@ -394,9 +341,9 @@ def mxfp8_gather_qmm(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp8_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (1, 2, 4)]))
+    >>> codes, scales = q.mxfp8_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (6, 12, 24)]))
     >>> q.mxfp8_gather_qmm(np.full((1, 32), 0.5, np.float32), codes, scales, rhs_indices=[[2, 0]])[:, :, 0, 7]
-    array([[2. , 0.5]], dtype=float32)
+    array([[12.,  3.]], dtype=float32)
     """
     return _C.gather_fp(
         _mxfp8_gather_qmm._plan(),
@@ -413,6 +360,46 @@ def mxfp8_gather_qmm(
         out,
         input_dtype,
     )
+
+
+@called_by_core
+class Mxfp8GatherQmmRhs(Kernel):
+    """`mxfp8_gather_qmm_rhs` as a kernel that is compiled once."""
+
+    _op = "mxfp8_gather_qmm_rhs"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        indices: Any,
+        output_features: int | None = None,
+        transpose: bool = True,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp8_gather_qmm_rhs`."""
+        return _C.gather_rhs_fp(
+            self._plan(),
+            x,
+            w,
+            scales,
+            indices,
+            output_features,
+            transpose,
+            None,
+            accumulate,
+            activations,
+            out,
+            input_dtype,
+        )
+
+
+_mxfp8_gather_qmm_rhs = Mxfp8GatherQmmRhs()
 
 
 def mxfp8_gather_qmm_rhs(
@@ -464,9 +451,9 @@ def mxfp8_gather_qmm_rhs(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp8_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (1, 2, 4)]))
+    >>> codes, scales = q.mxfp8_quantize(np.stack([scale * np.eye(32, dtype=np.float32) for scale in (6, 12, 24)]))
     >>> q.mxfp8_gather_qmm_rhs(np.full((3, 32), 0.5, np.float32), codes, scales, [2, 0, 1])[:, 7]
-    array([2. , 0.5, 1. ], dtype=float32)
+    array([12.,  3.,  6.], dtype=float32)
     """
     return _C.gather_rhs_fp(
         _mxfp8_gather_qmm_rhs._plan(),
@@ -482,6 +469,49 @@ def mxfp8_gather_qmm_rhs(
         out,
         input_dtype,
     )
+
+
+@called_by_core
+class Nvfp4GatherQmm(Kernel):
+    """`nvfp4_gather_qmm` as a kernel that is compiled once."""
+
+    _op = "nvfp4_gather_qmm"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        lhs_indices: Any = None,
+        rhs_indices: Any = None,
+        transpose: bool = True,
+        *,
+        sorted_indices: bool = False,
+        global_scale: float | None = None,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `nvfp4_gather_qmm`."""
+        return _C.gather_fp(
+            self._plan(),
+            x,
+            w,
+            scales,
+            lhs_indices,
+            rhs_indices,
+            transpose,
+            sorted_indices,
+            global_scale,
+            accumulate,
+            activations,
+            out,
+            input_dtype,
+        )
+
+
+_nvfp4_gather_qmm = Nvfp4GatherQmm()
 
 
 def nvfp4_gather_qmm(
@@ -557,6 +587,47 @@ def nvfp4_gather_qmm(
         out,
         input_dtype,
     )
+
+
+@called_by_core
+class Nvfp4GatherQmmRhs(Kernel):
+    """`nvfp4_gather_qmm_rhs` as a kernel that is compiled once."""
+
+    _op = "nvfp4_gather_qmm_rhs"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        indices: Any,
+        output_features: int | None = None,
+        transpose: bool = True,
+        *,
+        global_scale: float | None = None,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `nvfp4_gather_qmm_rhs`."""
+        return _C.gather_rhs_fp(
+            self._plan(),
+            x,
+            w,
+            scales,
+            indices,
+            output_features,
+            transpose,
+            global_scale,
+            accumulate,
+            activations,
+            out,
+            input_dtype,
+        )
+
+
+_nvfp4_gather_qmm_rhs = Nvfp4GatherQmmRhs()
 
 
 def nvfp4_gather_qmm_rhs(

@@ -1,5 +1,7 @@
 """Matrix products with weights in MLX's formats of small floats, straight from the stored codes."""
 
+# Written by src/fp_functions.py, which defines each operation once for all formats: change that and run it.
+
 from __future__ import annotations
 
 from typing import Any
@@ -36,166 +38,27 @@ __all__ = [
 
 
 @called_by_core
-class _MxProduct(Kernel):
-    """qmm_t of the modes with powers of two as scales."""
-
-    def __call__(
-        self,
-        x: Any,
-        w: Any,
-        scales: Any,
-        *,
-        accumulate: str = "exact",
-        activations: str | None = None,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> Any:
-        """Multiply; see the function of the same name."""
-        plan = self._plan()
-        return _C.matmul_fp(plan, x, w, scales, None, None, accumulate, activations, out, input_dtype)
-
-
-@called_by_core
-class _MxProductOfFeatures(Kernel):
-    """The other products of the modes with powers of two as scales."""
-
-    def __call__(
-        self,
-        x: Any,
-        w: Any,
-        scales: Any,
-        output_features: int | None = None,
-        *,
-        accumulate: str = "exact",
-        activations: str | None = None,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> Any:
-        """Multiply; see the function of the same name."""
-        plan = self._plan()
-        return _C.matmul_fp(plan, x, w, scales, output_features, None, accumulate, activations, out, input_dtype)
-
-
-@called_by_core
-class _NvProduct(Kernel):
-    """qmm_t of nvfp4."""
-
-    def __call__(
-        self,
-        x: Any,
-        w: Any,
-        scales: Any,
-        *,
-        global_scale: float | None = None,
-        accumulate: str = "exact",
-        activations: str | None = None,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> Any:
-        """Multiply; see the function of the same name."""
-        plan = self._plan()
-        return _C.matmul_fp(plan, x, w, scales, None, global_scale, accumulate, activations, out, input_dtype)
-
-
-@called_by_core
-class _NvProductOfFeatures(Kernel):
-    """The other products of nvfp4."""
-
-    def __call__(
-        self,
-        x: Any,
-        w: Any,
-        scales: Any,
-        output_features: int | None = None,
-        *,
-        global_scale: float | None = None,
-        accumulate: str = "exact",
-        activations: str | None = None,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> Any:
-        """Multiply; see the function of the same name."""
-        plan = self._plan()
-        return _C.matmul_fp(
-            plan, x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype
-        )
-
-
-class Mxfp4QmmT(_MxProduct):
+class Mxfp4QmmT(Kernel):
     """`mxfp4_qmm_t` as a kernel that is compiled once."""
 
     _op = "mxfp4_qmm_t"
 
-
-class Mxfp4QmmN(_MxProductOfFeatures):
-    """`mxfp4_qmm_n` as a kernel that is compiled once."""
-
-    _op = "mxfp4_qmm_n"
-
-
-class Mxfp4Qmv(_MxProductOfFeatures):
-    """`mxfp4_qmv` as a kernel that is compiled once."""
-
-    _op = "mxfp4_qmv"
-
-
-class Mxfp4Qvm(_MxProductOfFeatures):
-    """`mxfp4_qvm` as a kernel that is compiled once."""
-
-    _op = "mxfp4_qvm"
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp4_qmm_t`."""
+        return _C.matmul_fp(self._plan(), x, w, scales, None, None, accumulate, activations, out, input_dtype)
 
 
-class Mxfp8QmmT(_MxProduct):
-    """`mxfp8_qmm_t` as a kernel that is compiled once."""
-
-    _op = "mxfp8_qmm_t"
-
-
-class Mxfp8QmmN(_MxProductOfFeatures):
-    """`mxfp8_qmm_n` as a kernel that is compiled once."""
-
-    _op = "mxfp8_qmm_n"
-
-
-class Mxfp8Qmv(_MxProductOfFeatures):
-    """`mxfp8_qmv` as a kernel that is compiled once."""
-
-    _op = "mxfp8_qmv"
-
-
-class Mxfp8Qvm(_MxProductOfFeatures):
-    """`mxfp8_qvm` as a kernel that is compiled once."""
-
-    _op = "mxfp8_qvm"
-
-
-class Nvfp4QmmT(_NvProduct):
-    """`nvfp4_qmm_t` as a kernel that is compiled once."""
-
-    _op = "nvfp4_qmm_t"
-
-
-class Nvfp4QmmN(_NvProductOfFeatures):
-    """`nvfp4_qmm_n` as a kernel that is compiled once."""
-
-    _op = "nvfp4_qmm_n"
-
-
-class Nvfp4Qmv(_NvProductOfFeatures):
-    """`nvfp4_qmv` as a kernel that is compiled once."""
-
-    _op = "nvfp4_qmv"
-
-
-class Nvfp4Qvm(_NvProductOfFeatures):
-    """`nvfp4_qvm` as a kernel that is compiled once."""
-
-    _op = "nvfp4_qvm"
-
-
-_mxfp4_qmm_t, _mxfp4_qmm_n, _mxfp4_qmv, _mxfp4_qvm = Mxfp4QmmT(), Mxfp4QmmN(), Mxfp4Qmv(), Mxfp4Qvm()
-_mxfp8_qmm_t, _mxfp8_qmm_n, _mxfp8_qmv, _mxfp8_qvm = Mxfp8QmmT(), Mxfp8QmmN(), Mxfp8Qmv(), Mxfp8Qvm()
-_nvfp4_qmm_t, _nvfp4_qmm_n, _nvfp4_qmv, _nvfp4_qvm = Nvfp4QmmT(), Nvfp4QmmN(), Nvfp4Qmv(), Nvfp4Qvm()
+_mxfp4_qmm_t = Mxfp4QmmT()
 
 
 def mxfp4_qmm_t(
@@ -257,12 +120,38 @@ def mxfp4_qmm_t(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp4_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp4_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp4_qmm_t(np.arange(32, dtype=np.float32), codes, scales)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp4_qmm_t._plan()
-    return _C.matmul_fp(plan, x, w, scales, None, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(_mxfp4_qmm_t._plan(), x, w, scales, None, None, accumulate, activations, out, input_dtype)
+
+
+@called_by_core
+class Mxfp4QmmN(Kernel):
+    """`mxfp4_qmm_n` as a kernel that is compiled once."""
+
+    _op = "mxfp4_qmm_n"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp4_qmm_n`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+        )
+
+
+_mxfp4_qmm_n = Mxfp4QmmN()
 
 
 def mxfp4_qmm_n(
@@ -304,12 +193,40 @@ def mxfp4_qmm_n(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp4_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp4_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp4_qmm_n(np.arange(32, dtype=np.float32), codes, scales)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp4_qmm_n._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _mxfp4_qmm_n._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Mxfp4Qmv(Kernel):
+    """`mxfp4_qmv` as a kernel that is compiled once."""
+
+    _op = "mxfp4_qmv"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp4_qmv`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+        )
+
+
+_mxfp4_qmv = Mxfp4Qmv()
 
 
 def mxfp4_qmv(
@@ -346,12 +263,40 @@ def mxfp4_qmv(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp4_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp4_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp4_qmv(np.arange(32, dtype=np.float32), codes, scales, 32)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp4_qmv._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _mxfp4_qmv._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Mxfp4Qvm(Kernel):
+    """`mxfp4_qvm` as a kernel that is compiled once."""
+
+    _op = "mxfp4_qvm"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp4_qvm`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+        )
+
+
+_mxfp4_qvm = Mxfp4Qvm()
 
 
 def mxfp4_qvm(
@@ -386,12 +331,37 @@ def mxfp4_qvm(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp4_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp4_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp4_qvm(np.arange(32, dtype=np.float32), codes, scales, 32)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp4_qvm._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _mxfp4_qvm._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Mxfp8QmmT(Kernel):
+    """`mxfp8_qmm_t` as a kernel that is compiled once."""
+
+    _op = "mxfp8_qmm_t"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp8_qmm_t`."""
+        return _C.matmul_fp(self._plan(), x, w, scales, None, None, accumulate, activations, out, input_dtype)
+
+
+_mxfp8_qmm_t = Mxfp8QmmT()
 
 
 def mxfp8_qmm_t(
@@ -447,17 +417,43 @@ def mxfp8_qmm_t(
     accumulate="float" is the same. NaN and infinities go where IEEE arithmetic takes them; a NaN result is always the
     NaN with bits 0x7fc00000. The codes 0x7f and 0xff are NaN.
 
-    Scale 255 is infinity, so that a group of such a scale gives infinities, or NaN where a code is 0.
+    Scale 255 is infinity: a group of such a scale gives infinities, or NaN where a code is 0.
 
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp8_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp8_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp8_qmm_t(np.arange(32, dtype=np.float32), codes, scales)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp8_qmm_t._plan()
-    return _C.matmul_fp(plan, x, w, scales, None, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(_mxfp8_qmm_t._plan(), x, w, scales, None, None, accumulate, activations, out, input_dtype)
+
+
+@called_by_core
+class Mxfp8QmmN(Kernel):
+    """`mxfp8_qmm_n` as a kernel that is compiled once."""
+
+    _op = "mxfp8_qmm_n"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp8_qmm_n`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+        )
+
+
+_mxfp8_qmm_n = Mxfp8QmmN()
 
 
 def mxfp8_qmm_n(
@@ -497,12 +493,40 @@ def mxfp8_qmm_n(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp8_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp8_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp8_qmm_n(np.arange(32, dtype=np.float32), codes, scales)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp8_qmm_n._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _mxfp8_qmm_n._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Mxfp8Qmv(Kernel):
+    """`mxfp8_qmv` as a kernel that is compiled once."""
+
+    _op = "mxfp8_qmv"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp8_qmv`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+        )
+
+
+_mxfp8_qmv = Mxfp8Qmv()
 
 
 def mxfp8_qmv(
@@ -539,12 +563,40 @@ def mxfp8_qmv(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp8_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp8_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp8_qmv(np.arange(32, dtype=np.float32), codes, scales, 32)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp8_qmv._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _mxfp8_qmv._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Mxfp8Qvm(Kernel):
+    """`mxfp8_qvm` as a kernel that is compiled once."""
+
+    _op = "mxfp8_qvm"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `mxfp8_qvm`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+        )
+
+
+_mxfp8_qvm = Mxfp8Qvm()
 
 
 def mxfp8_qvm(
@@ -579,12 +631,38 @@ def mxfp8_qvm(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp8_quantize(np.eye(32, dtype=np.float32))
+    >>> codes, scales = q.mxfp8_quantize(6 * np.eye(32, dtype=np.float32))
     >>> q.mxfp8_qvm(np.arange(32, dtype=np.float32), codes, scales, 32)[1:4]
-    array([1., 2., 3.], dtype=float32)
+    array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _mxfp8_qvm._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, None, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _mxfp8_qvm._plan(), x, w, scales, output_features, None, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Nvfp4QmmT(Kernel):
+    """`nvfp4_qmm_t` as a kernel that is compiled once."""
+
+    _op = "nvfp4_qmm_t"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        *,
+        global_scale: float | None = None,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `nvfp4_qmm_t`."""
+        return _C.matmul_fp(self._plan(), x, w, scales, None, global_scale, accumulate, activations, out, input_dtype)
+
+
+_nvfp4_qmm_t = Nvfp4QmmT()
 
 
 def nvfp4_qmm_t(
@@ -654,8 +732,37 @@ def nvfp4_qmm_t(
     >>> q.nvfp4_qmm_t(np.arange(32, dtype=np.float32), codes, scales)[1:4]
     array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _nvfp4_qmm_t._plan()
-    return _C.matmul_fp(plan, x, w, scales, None, global_scale, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _nvfp4_qmm_t._plan(), x, w, scales, None, global_scale, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Nvfp4QmmN(Kernel):
+    """`nvfp4_qmm_n` as a kernel that is compiled once."""
+
+    _op = "nvfp4_qmm_n"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        global_scale: float | None = None,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `nvfp4_qmm_n`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype
+        )
+
+
+_nvfp4_qmm_n = Nvfp4QmmN()
 
 
 def nvfp4_qmm_n(
@@ -702,8 +809,37 @@ def nvfp4_qmm_n(
     >>> q.nvfp4_qmm_n(np.arange(32, dtype=np.float32), codes, scales)[1:4]
     array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _nvfp4_qmm_n._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _nvfp4_qmm_n._plan(), x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Nvfp4Qmv(Kernel):
+    """`nvfp4_qmv` as a kernel that is compiled once."""
+
+    _op = "nvfp4_qmv"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        global_scale: float | None = None,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `nvfp4_qmv`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype
+        )
+
+
+_nvfp4_qmv = Nvfp4Qmv()
 
 
 def nvfp4_qmv(
@@ -745,8 +881,37 @@ def nvfp4_qmv(
     >>> q.nvfp4_qmv(np.arange(32, dtype=np.float32), codes, scales, 32)[1:4]
     array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _nvfp4_qmv._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _nvfp4_qmv._plan(), x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype
+    )
+
+
+@called_by_core
+class Nvfp4Qvm(Kernel):
+    """`nvfp4_qvm` as a kernel that is compiled once."""
+
+    _op = "nvfp4_qvm"
+
+    def __call__(
+        self,
+        x: Any,
+        w: Any,
+        scales: Any,
+        output_features: int | None = None,
+        *,
+        global_scale: float | None = None,
+        accumulate: str = "exact",
+        activations: str | None = None,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> Any:
+        """Multiply; see `nvfp4_qvm`."""
+        return _C.matmul_fp(
+            self._plan(), x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype
+        )
+
+
+_nvfp4_qvm = Nvfp4Qvm()
 
 
 def nvfp4_qvm(
@@ -786,5 +951,6 @@ def nvfp4_qvm(
     >>> q.nvfp4_qvm(np.arange(32, dtype=np.float32), codes, scales, 32)[1:4]
     array([ 6., 12., 18.], dtype=float32)
     """
-    plan = _nvfp4_qvm._plan()
-    return _C.matmul_fp(plan, x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype)
+    return _C.matmul_fp(
+        _nvfp4_qvm._plan(), x, w, scales, output_features, global_scale, accumulate, activations, out, input_dtype
+    )

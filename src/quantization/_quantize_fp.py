@@ -1,5 +1,7 @@
 """Quantization to MLX's formats of small floats, mxfp4, mxfp8 and nvfp4, and its inverse."""
 
+# Written by src/fp_functions.py, which defines each operation once for all formats: change that and run it.
+
 from __future__ import annotations
 
 from typing import Any
@@ -24,8 +26,10 @@ __all__ = [
 
 
 @called_by_core
-class _MxQuantize(Kernel):
-    """What mxfp4 and mxfp8 share."""
+class Mxfp4Quantize(Kernel):
+    """`mxfp4_quantize` as a kernel that is compiled once."""
+
+    _op = "mxfp4_quantize"
 
     def __call__(
         self,
@@ -41,85 +45,7 @@ class _MxQuantize(Kernel):
         return _C.quantize_fp(self._plan(), w, profile, mx_scale, None, pad, out, input_dtype)
 
 
-@called_by_core
-class _MxDequantize(Kernel):
-    """What mxfp4 and mxfp8 share."""
-
-    def __call__(
-        self, w: Any, scales: Any, *, dtype: Any = None, profile: str = "metal", k: int | None = None, out: Any = None
-    ) -> Any:
-        """Turn codes back into floats; see `mxfp4_dequantize`."""
-        return _C.dequantize_fp(self._plan(), w, scales, None, dtype, profile, k, out)
-
-
-class Mxfp4Quantize(_MxQuantize):
-    """`mxfp4_quantize` as a kernel that is compiled once."""
-
-    _op = "mxfp4_quantize"
-
-
-class Mxfp4Dequantize(_MxDequantize):
-    """`mxfp4_dequantize` as a kernel that is compiled once."""
-
-    _op = "mxfp4_dequantize"
-
-
-class Mxfp8Quantize(_MxQuantize):
-    """`mxfp8_quantize` as a kernel that is compiled once."""
-
-    _op = "mxfp8_quantize"
-
-
-class Mxfp8Dequantize(_MxDequantize):
-    """`mxfp8_dequantize` as a kernel that is compiled once."""
-
-    _op = "mxfp8_dequantize"
-
-
-@called_by_core
-class Nvfp4Quantize(Kernel):
-    """`nvfp4_quantize` as a kernel that is compiled once."""
-
-    _op = "nvfp4_quantize"
-
-    def __call__(
-        self,
-        w: Any,
-        *,
-        profile: str = "metal",
-        global_scale: float | None = None,
-        pad: bool = False,
-        out: Any = None,
-        input_dtype: str | None = None,
-    ) -> tuple[Any, Any]:
-        """Quantize w; see `nvfp4_quantize`."""
-        return _C.quantize_fp(self._plan(), w, profile, None, global_scale, pad, out, input_dtype)
-
-
-@called_by_core
-class Nvfp4Dequantize(Kernel):
-    """`nvfp4_dequantize` as a kernel that is compiled once."""
-
-    _op = "nvfp4_dequantize"
-
-    def __call__(
-        self,
-        w: Any,
-        scales: Any,
-        *,
-        global_scale: float | None = None,
-        dtype: Any = None,
-        profile: str = "metal",
-        k: int | None = None,
-        out: Any = None,
-    ) -> Any:
-        """Turn codes back into floats; see `nvfp4_dequantize`."""
-        return _C.dequantize_fp(self._plan(), w, scales, global_scale, dtype, profile, k, out)
-
-
-_mxfp4_quantize, _mxfp4_dequantize = Mxfp4Quantize(), Mxfp4Dequantize()
-_mxfp8_quantize, _mxfp8_dequantize = Mxfp8Quantize(), Mxfp8Dequantize()
-_nvfp4_quantize, _nvfp4_dequantize = Nvfp4Quantize(), Nvfp4Dequantize()
+_mxfp4_quantize = Mxfp4Quantize()
 
 
 def mxfp4_quantize(
@@ -174,18 +100,47 @@ def mxfp4_quantize(
     --------
     >>> import numpy as np, quantization as q
     >>> codes, scales = q.mxfp4_quantize(np.full((1, 32), 3.0))
-    >>> scales
-    array([[126]], dtype=uint8)
     >>> q.mxfp4_dequantize(codes, scales)[0, :4]
     array([3., 3., 3., 3.], dtype=float32)
     """
     return _C.quantize_fp(_mxfp4_quantize._plan(), w, profile, mx_scale, None, pad, out, input_dtype)
 
 
+@called_by_core
+class Mxfp4Dequantize(Kernel):
+    """`mxfp4_dequantize` as a kernel that is compiled once."""
+
+    _op = "mxfp4_dequantize"
+
+    def __call__(
+        self,
+        w: Any,
+        scales: Any,
+        *,
+        dtype: Any = None,
+        profile: str = "metal",
+        k: int | None = None,
+        out: Any = None,
+    ) -> Any:
+        """Turn codes back into floats; see `mxfp4_dequantize`."""
+        return _C.dequantize_fp(self._plan(), w, scales, None, dtype, profile, k, out)
+
+
+_mxfp4_dequantize = Mxfp4Dequantize()
+
+
 def mxfp4_dequantize(
-    w: Any, scales: Any, *, dtype: Any = None, profile: str = "metal", k: int | None = None, out: Any = None
+    w: Any,
+    scales: Any,
+    *,
+    dtype: Any = None,
+    profile: str = "metal",
+    k: int | None = None,
+    out: Any = None,
 ) -> Any:
     """Turn MXFP4 codes back into floats: 2**(scale - 127) * code.
+
+    Scale 255 is infinity.
 
     Parameters
     ----------
@@ -217,10 +172,34 @@ def mxfp4_dequantize(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> q.mxfp4_dequantize(np.full((1, 4), 0x22222222, np.uint32), np.full((1, 1), 127, np.uint8))[0, :4]
+    >>> codes, scales = np.full((1, 4), 0x22222222, np.uint32), np.full((1, 1), 127, np.uint8)
+    >>> q.mxfp4_dequantize(codes, scales)[0, :4]
     array([1., 1., 1., 1.], dtype=float32)
     """
     return _C.dequantize_fp(_mxfp4_dequantize._plan(), w, scales, None, dtype, profile, k, out)
+
+
+@called_by_core
+class Mxfp8Quantize(Kernel):
+    """`mxfp8_quantize` as a kernel that is compiled once."""
+
+    _op = "mxfp8_quantize"
+
+    def __call__(
+        self,
+        w: Any,
+        *,
+        profile: str = "metal",
+        mx_scale: str = "up",
+        pad: bool = False,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> tuple[Any, Any]:
+        """Quantize w; see `mxfp8_quantize`."""
+        return _C.quantize_fp(self._plan(), w, profile, mx_scale, None, pad, out, input_dtype)
+
+
+_mxfp8_quantize = Mxfp8Quantize()
 
 
 def mxfp8_quantize(
@@ -239,9 +218,13 @@ def mxfp8_quantize(
     w : array_like of float32, float16, bfloat16 or float64, shape (..., K)
         The weights; any strides. K must be a multiple of 32 unless `pad` is true. float64 is computed as float32.
     profile : {"metal", "cpu"}, default "metal"
-        Which of MLX's two algorithms to follow; see `mxfp4_quantize`.
+        Which of MLX's two algorithms to follow. "metal" computes in float32, rounds ties to even codes and keeps the
+        sign of zero, as MLX does on GPUs. "cpu" rounds each step to w's type and ties to even codes, and equals MLX's
+        CPU backend byte for byte but for the groups of the Notes.
     mx_scale : {"up", "nearest", "floor"}, default "up"
-        How scales become powers of two; see `mxfp4_quantize`, of which the notes hold here too.
+        How the largest magnitude of a group over that of the format becomes a power of two. "up" takes the least that
+        is not below: nothing saturates, and MLX does so since 0.32.4. "nearest", by the logarithm, is what it did
+        before; "floor" is the rule of OCP's specification.
     pad : bool, default False
         Store rows of another K as if zeros followed; see `affine_quantize`.
     out : tuple of 2 arrays or None, optional
@@ -262,22 +245,57 @@ def mxfp8_quantize(
     ValueError
         If K is not a multiple of 32, without `pad`.
 
+    Notes
+    -----
+    A group with NaN or an infinity gets scale 255, infinity, and codes 0, so that all of it decodes to NaN. One of
+    zeros gets scale 0 ("metal") or 127 ("cpu"). Scales below 2**-127 are that; MLX's CPU backend wraps their byte.
+
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> codes, scales = q.mxfp8_quantize(np.full((1, 32), 5.0))
+    >>> codes, scales = q.mxfp8_quantize(np.full((1, 32), 3.0))
     >>> q.mxfp8_dequantize(codes, scales)[0, :4]
-    array([5., 5., 5., 5.], dtype=float32)
+    array([3., 3., 3., 3.], dtype=float32)
     """
     return _C.quantize_fp(_mxfp8_quantize._plan(), w, profile, mx_scale, None, pad, out, input_dtype)
 
 
+@called_by_core
+class Mxfp8Dequantize(Kernel):
+    """`mxfp8_dequantize` as a kernel that is compiled once."""
+
+    _op = "mxfp8_dequantize"
+
+    def __call__(
+        self,
+        w: Any,
+        scales: Any,
+        *,
+        dtype: Any = None,
+        profile: str = "metal",
+        k: int | None = None,
+        out: Any = None,
+    ) -> Any:
+        """Turn codes back into floats; see `mxfp8_dequantize`."""
+        return _C.dequantize_fp(self._plan(), w, scales, None, dtype, profile, k, out)
+
+
+_mxfp8_dequantize = Mxfp8Dequantize()
+
+
 def mxfp8_dequantize(
-    w: Any, scales: Any, *, dtype: Any = None, profile: str = "metal", k: int | None = None, out: Any = None
+    w: Any,
+    scales: Any,
+    *,
+    dtype: Any = None,
+    profile: str = "metal",
+    k: int | None = None,
+    out: Any = None,
 ) -> Any:
-    """Turn MXFP8 codes, w of shape (..., K / 4), back into floats.
+    """Turn MXFP8 codes back into floats: 2**(scale - 127) * code.
 
     Codes 0x7f and 0xff are NaN.
+    Scale 255 is infinity.
 
     Parameters
     ----------
@@ -287,7 +305,8 @@ def mxfp8_dequantize(
     dtype : dtype or str, optional
         Type of the result: float32 by default, float16 or bfloat16.
     profile : {"metal", "cpu"}, default "metal"
-        See `mxfp4_dequantize`.
+        "metal" computes in float32 and rounds once. "cpu" rounds the scale to `dtype` first, as MLX's CPU backend
+        does: in float16 it may over- or underflow.
     k : int, optional
         The K of rows that were stored with ``pad=True``; see `affine_dequantize`.
     out : array, optional
@@ -308,10 +327,34 @@ def mxfp8_dequantize(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> q.mxfp8_dequantize(np.full((1, 8), 0x38383838, np.uint32), np.full((1, 1), 127, np.uint8))[0, :4]
+    >>> codes, scales = np.full((1, 8), 0x38383838, np.uint32), np.full((1, 1), 127, np.uint8)
+    >>> q.mxfp8_dequantize(codes, scales)[0, :4]
     array([1., 1., 1., 1.], dtype=float32)
     """
     return _C.dequantize_fp(_mxfp8_dequantize._plan(), w, scales, None, dtype, profile, k, out)
+
+
+@called_by_core
+class Nvfp4Quantize(Kernel):
+    """`nvfp4_quantize` as a kernel that is compiled once."""
+
+    _op = "nvfp4_quantize"
+
+    def __call__(
+        self,
+        w: Any,
+        *,
+        profile: str = "metal",
+        global_scale: float | None = None,
+        pad: bool = False,
+        out: Any = None,
+        input_dtype: str | None = None,
+    ) -> tuple[Any, Any]:
+        """Quantize w; see `nvfp4_quantize`."""
+        return _C.quantize_fp(self._plan(), w, profile, None, global_scale, pad, out, input_dtype)
+
+
+_nvfp4_quantize = Nvfp4Quantize()
 
 
 def nvfp4_quantize(
@@ -330,7 +373,9 @@ def nvfp4_quantize(
     w : array_like of float32, float16, bfloat16 or float64, shape (..., K)
         The weights; any strides. K must be a multiple of 16 unless `pad` is true. float64 is computed as float32.
     profile : {"metal", "cpu"}, default "metal"
-        Which of MLX's two algorithms to follow; see `mxfp4_quantize`.
+        Which of MLX's two algorithms to follow. "metal" computes in float32, rounds ties to even codes and keeps the
+        sign of zero, as MLX does on GPUs. "cpu" rounds each step to w's type and ties toward zero, and equals MLX's
+        CPU backend byte for byte but for the groups of the Notes.
     global_scale : float, optional
         By convention the largest magnitude of the whole tensor: scales are stored times 2688 / global_scale, so that
         they use the range of FP8. Without it, and as with 2688, groups beyond 2688 = 448 * 6 saturate.
@@ -369,6 +414,30 @@ def nvfp4_quantize(
     return _C.quantize_fp(_nvfp4_quantize._plan(), w, profile, None, global_scale, pad, out, input_dtype)
 
 
+@called_by_core
+class Nvfp4Dequantize(Kernel):
+    """`nvfp4_dequantize` as a kernel that is compiled once."""
+
+    _op = "nvfp4_dequantize"
+
+    def __call__(
+        self,
+        w: Any,
+        scales: Any,
+        *,
+        global_scale: float | None = None,
+        dtype: Any = None,
+        profile: str = "metal",
+        k: int | None = None,
+        out: Any = None,
+    ) -> Any:
+        """Turn codes back into floats; see `nvfp4_dequantize`."""
+        return _C.dequantize_fp(self._plan(), w, scales, global_scale, dtype, profile, k, out)
+
+
+_nvfp4_dequantize = Nvfp4Dequantize()
+
+
 def nvfp4_dequantize(
     w: Any,
     scales: Any,
@@ -393,7 +462,8 @@ def nvfp4_dequantize(
     dtype : dtype or str, optional
         Type of the result: float32 by default, float16 or bfloat16.
     profile : {"metal", "cpu"}, default "metal"
-        See `mxfp4_dequantize`.
+        "metal" computes in float32 and rounds once. "cpu" rounds the scale to `dtype` first, as MLX's CPU backend
+        does: in float16 it may over- or underflow.
     k : int, optional
         The K of rows that were stored with ``pad=True``; see `affine_dequantize`.
     out : array, optional
@@ -414,7 +484,8 @@ def nvfp4_dequantize(
     Examples
     --------
     >>> import numpy as np, quantization as q
-    >>> q.nvfp4_dequantize(np.full((1, 2), 0x22222222, np.uint32), np.full((1, 1), 0x38, np.uint8))[0, :4]
+    >>> codes, scales = np.full((1, 2), 0x22222222, np.uint32), np.full((1, 1), 0x38, np.uint8)
+    >>> q.nvfp4_dequantize(codes, scales)[0, :4]
     array([1., 1., 1., 1.], dtype=float32)
     """
     return _C.dequantize_fp(_nvfp4_dequantize._plan(), w, scales, global_scale, dtype, profile, k, out)
