@@ -287,6 +287,38 @@ def test_copies_are_apart(rng):
     assert (cache.length, cache.total) == (4, 6)
 
 
+class Layered(q.KVCache):
+    """A subclass whose __init__ takes something else, and which keeps something of its own."""
+
+    def __init__(self, layers):
+        super().__init__(2, 4, 64, sliding=True)
+        self.layers = layers
+
+
+def test_a_subclass_with_an_init_of_its_own(rng, tmp_path):
+    cache = Layered([3, 4])
+    cache.append(tokens_of(rng, 6, 2, 64), tokens_of(rng, 6, 2, 64))
+    twins = {way: way(cache) for way in (Layered.copy, copy.copy, copy.deepcopy)}
+    twins[pickle.loads] = pickle.loads(pickle.dumps(cache))
+    for way, twin in twins.items():
+        assert type(twin) is Layered and repr(twin) == repr(cache) and repr(twin).startswith("Layered(last 4 of 6")
+        assert twin.layers == [3, 4] and (twin.layers is cache.layers) == (way in (Layered.copy, copy.copy))
+        assert all(np.array_equal(a, b) for a, b in zip(twin.dequantize(), cache.dequantize(), strict=True))
+        assert not any(np.shares_memory(a, b) for a, b in zip(arrays_of(twin), arrays_of(cache), strict=True))
+        twin.reset()
+    assert cache.length == 4
+    cache.save(tmp_path / "cache.npz")
+    loaded = Layered.load(tmp_path / "cache.npz")
+    assert type(loaded) is Layered and repr(loaded) == repr(cache) and not hasattr(loaded, "layers")
+
+
+def test_a_deep_copy_of_a_cache_that_knows_itself():
+    cache = Layered([])
+    cache.layers.append(cache)
+    twin = copy.deepcopy(cache)
+    assert twin is not cache and twin.layers[0] is twin
+
+
 def test_repr():
     cache = q.KVCache(1, 4, 192, 8, 4, sliding=True, window=3, value_dim=128)
     cache.append(np.ones((1, 6, 192), np.float32), np.ones((1, 6, 128), np.float32))

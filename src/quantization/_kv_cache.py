@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from ._kv_store import Store
 __all__ = ["KVCache"]
 
 _WIDTHS = {1: (4, 5, 6, 8), 2: (2, 3, 4, 5, 6, 8)}
+
+# The attributes that arguments become, but for norms_dtype, which files name.
+_SETTINGS = (
+    "heads", "capacity", "head_dim", "bits", "value_bits", "codec", "sliding", "value_dim", "window", "scale",
+)  # fmt: skip
 
 
 class KVCache:
@@ -62,7 +68,8 @@ class KVCache:
     Notes
     -----
     Position p lies in slot p mod `capacity`. All memory is taken when the object is made, though most systems bring in
-    pages when they are first written. Objects can be copied and pickled; what is written out is the positions held.
+    pages when they are first written. Objects can be copied and pickled; what is written out is the positions held, and
+    what a subclass has added. That is done, as is `load`, without a call of ``__init__``.
 
     Examples
     --------
@@ -418,15 +425,16 @@ class KVCache:
         >>> cache.length, branch.length
         (0, 1)
         """
-        return self._restored(*self._contents())
+        return copy.copy(self)
 
-    __copy__ = copy
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
+        own = {*_SETTINGS, "norms_dtype", "_extent", "_keys", "_values"}
+        return *self._contents(), {name: value for name, value in vars(self).items() if name not in own}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        return self.copy()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._restored, self._contents()
+    def __setstate__(self, state: tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]) -> None:
+        settings, arrays, added = state
+        self._restore(settings, arrays)
+        vars(self).update(added)
 
     def save(self, path: str | Path) -> None:
         """Write the positions held, and what the cache is, to a file.
@@ -481,36 +489,35 @@ class KVCache:
             If it cannot be read.
         """
         settings, arrays = _kv_file.read(Path(path))
+        cache = cls.__new__(cls)
         try:
-            return cls._restored(settings, arrays)
+            cache._restore(settings, arrays)
         except (TypeError, ValueError, OverflowError, MemoryError) as error:
             raise ValueError(f"{path}: not a KV cache that can be had again: {error}") from error
+        return cache
 
     def _contents(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return what makes the cache: its settings, and the arrays of the positions held, the oldest first."""
-        names = ("heads", "capacity", "head_dim", "bits", "value_bits", "codec", "sliding", "value_dim", "window")
-        settings = {name: getattr(self, name) for name in (*names, "scale", "total")}
+        settings = {name: getattr(self, name) for name in (*_SETTINGS, "total")}
         arrays = {}
         for name, store in (("keys", self._keys), ("values", self._values)):
             taken = store.take(self.total - self.length, self.length)
             arrays[f"{name}.packed"], arrays[f"{name}.norms"] = taken
         return settings | {"norms_dtype": self.norms_dtype.name}, arrays
 
-    @classmethod
-    def _restored(cls, settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> KVCache:
-        """Build the cache whose `_contents` these are; ValueError or TypeError if they are of none."""
+    def _restore(self, settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Become the cache whose `_contents` these are; ValueError or TypeError if they are of none."""
         options = dict(settings)
         total = _take_integer("total", options.pop("total", None))
-        cache = cls(**options)
+        KVCache.__init__(self, **options)  # that of a subclass may take other arguments
         length = arrays["keys.packed"].shape[1] if arrays["keys.packed"].ndim == 3 else -1
-        if not (0 <= length <= min(total, cache.capacity) and (cache.sliding or length == total)):
-            raise ValueError(f"KVCache: {length} positions held, {total} in all and room for {cache.capacity}")
-        for name, store in (("keys", cache._keys), ("values", cache._values)):
+        if not (0 <= length <= min(total, self.capacity) and (self.sliding or length == total)):
+            raise ValueError(f"KVCache: {length} positions held, {total} in all and room for {self.capacity}")
+        for name, store in (("keys", self._keys), ("values", self._values)):
             packed, norms = arrays[f"{name}.packed"], arrays[f"{name}.norms"]
             store.check(name, length, packed, norms)
             store.put(total - length, packed, norms)
-        cache._extent = (total, length)
-        return cache
+        self._extent = (total, length)
 
     def __repr__(self) -> str:
         lost = self.total > self.length
@@ -519,7 +526,7 @@ class KVCache:
         dims = f"{self.head_dim}" + (f" and {self.value_dim}" if self.value_dim != self.head_dim else "")
         bits = f"{self.bits}" + (f" and {self.value_bits}" if self.value_bits != self.bits else "")
         return (
-            f"KVCache({held} positions{', sliding' if self.sliding else ''}{window}, "
+            f"{type(self).__name__}({held} positions{', sliding' if self.sliding else ''}{window}, "
             f"{self.heads} {'head' if self.heads == 1 else 'heads'} x {dims}, {bits} bits"
             f"{', codec 1' if self.codec == 1 else ''}, {self.bits_per_value:.3f} bits/value, {self.nbytes:,} bytes)"
         )
