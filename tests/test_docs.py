@@ -7,6 +7,7 @@ import operator
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,12 @@ def test_everything_public_is_there_and_sorted():
     assert sorted(quantization.mlx.__all__) == quantization.mlx.__all__
     for name in PUBLIC:
         assert getattr(q, name).__doc__
+
+
+@pytest.mark.skipif(SMALL, reason="the same on every CPU")
+def test_functions_of_small_floats_are_what_their_script_writes():
+    for path, text in runpy.run_path(str(ROOT / "src" / "fp_functions.py"))["modules"]().items():
+        assert path.read_text() == text, path.name
 
 
 def test_stubs_name_what_there_is():

@@ -1,10 +1,9 @@
 """The key-value cache's constants, rotation and codecs: against digests, float64, and the definition to the bit."""
 
 import hashlib
-import importlib.util
 import itertools
 import math
-from pathlib import Path
+import runpy
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import pytest
 import layouts
 import quantization as q
 import reference_kv as ref
+from campaigns import kv_positions, same_bits_kv
 from conftest import AVAILABLE, SMALL, Page
 
 F16, F32, F64, U8 = np.float16, np.float32, np.float64, np.uint8
@@ -53,10 +53,7 @@ def normal(rng, *shape):
 @pytest.mark.skipif(SMALL, reason="the same on every CPU")
 def test_the_header_is_what_its_script_writes():
     script = ref.HEADER.with_suffix(".py")
-    spec = importlib.util.spec_from_file_location("kv_tables", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.header() == ref.HEADER.read_text()
+    assert runpy.run_path(str(script))["header"]() == ref.HEADER.read_text()
 
 
 # Of float32 tables: the crate mlx-native's for codec 1, all but the optima at 5, 6 and 8 bits.
@@ -1043,18 +1040,9 @@ def test_broadcast_rows(axes, isa, rng):
 # Campaigns
 
 
-def campaign(name):
-    """A script of campaigns/ as a module."""
-    path = Path(__file__).parent / "campaigns" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_short_campaigns(capsys):
-    campaign("same_bits_kv").main(["--quick"])
+    same_bits_kv.main(["--quick"])
     assert capsys.readouterr().out.endswith(": identical\n")
-    campaign("kv_positions").main(["--quick"])
+    kv_positions.main(["--quick"])
     assert capsys.readouterr().out.endswith("; every byte as expected\n")

@@ -2,18 +2,17 @@
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import quantization as q
 import reference as ref
+from campaigns import long_rows, same_bits, same_bits_grid
 from conftest import AVAILABLE, FORMATS, ISAS, SMALL, Page
 
 F32 = np.float32
@@ -967,23 +966,14 @@ def test_published_call_forms(rng):
 # The campaign
 
 
-def campaign(name):
-    """A script of campaigns/ as a module."""
-    path = Path(__file__).parent / "campaigns" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_short_campaign(capsys):
-    campaign("same_bits").main(["--quick"])
+    same_bits.main(["--quick"])
     assert capsys.readouterr().out.rstrip().endswith("identical")
 
 
 def test_short_campaign_of_long_rows(capsys):
     formats = ["affine_8", "mxfp8"] if SMALL else ["affine_3", "affine_8", "mxfp8", "nvfp4"]
-    campaign("long_rows").main(["--length=4096", *(f"--format={name}" for name in formats)])
+    long_rows.main(["--length=4096", *(f"--format={name}" for name in formats)])
     assert capsys.readouterr().out.rstrip().endswith("identical, all within the bound")
 
 
@@ -1006,7 +996,7 @@ DIGESTS = {
 def test_results_are_those_of_every_machine(capsys):
     names = ["affine_3", "affine_8", "mxfp8", "nvfp4"] if SMALL else list(DIGESTS)
     arguments = [f"--format={name}" for name in names]
-    assert campaign("same_bits_grid").main(["--quick", *arguments]) == {name: DIGESTS[name] for name in names}
+    assert same_bits_grid.main(["--quick", *arguments]) == {name: DIGESTS[name] for name in names}
     assert capsys.readouterr().out.rstrip().endswith("identical")
 
 
@@ -1022,4 +1012,4 @@ def test_a_flipped_bit_ends_the_campaign(monkeypatch):
 
     monkeypatch.setattr(q, "affine_qmm_n", wrong)
     with pytest.raises(SystemExit, match=r"same_bits_grid: affine_qmm_n, 2 bits(.|\n)*14 rows(.|\n)*y\[13, 0\]"):
-        campaign("same_bits_grid").main(["--quick"])
+        same_bits_grid.main(["--quick"])

@@ -17,12 +17,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import quantization
 import reference
+from campaigns.rounds import MismatchError, available_isas
 
 KINDS = ("float32", "float16", "bfloat16")
-
-
-class MismatchError(Exception):
-    """The first weight found to differ."""
 
 
 def stored_pairs(row):
@@ -87,7 +84,7 @@ def main(arguments=None):
         mx.set_default_device(mx.cpu)
     except ImportError:
         mx = None
-    isas = [entry["name"] for entry in reversed(quantization._C.isas()) if entry["available"]]
+    isas = available_isas()
     for row in quantization._C.formats():
         if row["family"] != "fp":
             continue

@@ -8,10 +8,8 @@ encoded one by one into caches of one slot. And attention over a random part of 
 must not change a bit. To be run under AddressSanitizer too. A difference gives exit status 1.
 """
 
-import argparse
 import collections
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import layouts
 import quantization
 import reference_kv as ref
+from campaigns.rounds import MismatchError, available_isas, go_on
 
 CALLS = 12
 QUICK_CASES = 40
@@ -173,28 +172,15 @@ def check(seed, i, isas):
             attend(rng)
         model.counts["attentions"] += 1
     except AssertionError as error:
-        raise AssertionError(f"--seed {seed} --first {i}: {model}, after {', '.join(done)}\n{error}") from None
+        raise MismatchError(f"{model}, after {', '.join(done)}\n{error}") from None
     return model.counts
 
 
 def main(arguments=None):
-    """Go on until the time is over or something differs; print what was done."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on (default 60)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases instead")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="case to begin with, to reproduce one")
-    options = parser.parse_args(arguments)
-    isas = [entry["name"] for entry in quantization._C.isas() if entry["available"]]
-    end, i, counts = time.monotonic() + options.seconds, options.first, collections.Counter()
-    try:
-        while i < options.first + QUICK_CASES if options.quick else i == options.first or time.monotonic() < end:
-            counts += check(options.seed, i, isas)
-            i += 1
-    except AssertionError as error:
-        sys.exit(f"kv_positions: {error}")
+    isas, counts = available_isas(), collections.Counter()
+    cases = go_on("kv_positions", __doc__, lambda *case: counts.update(check(*case, isas)), arguments, QUICK_CASES)
     done = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
-    print(f"{i - options.first} caches: {done}; every byte as expected")
+    print(f"{cases} caches: {done}; every byte as expected")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from same_bits import MismatchError, compare
-
 import quantization
 import reference
 import reference_fp
+from campaigns.rounds import MismatchError
+from campaigns.same_bits import compare
 
 DIGITS = {"float32": 3, "bfloat16": 2, "int8": 1}
 ROWS = 9  # more than are multiplied one by one; the first is compared with the exact sum

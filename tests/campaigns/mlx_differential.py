@@ -12,9 +12,7 @@ infinities come out as any code. Two more limits of MLX's are gone around: of nv
 only, so that others are given to it twice, and with a global scale it dequantizes to float32 only.
 """
 
-import argparse
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +20,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reference
 import reference_fp
+from campaigns.rounds import MismatchError, go_on
 
 KINDS = ("float32", "float16", "bfloat16")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 FP_MODES = ("mxfp4", "mxfp8", "nvfp4")
-
-
-class MismatchError(Exception):
-    """The first bytes found to differ."""
 
 
 def import_libraries():
@@ -289,24 +284,13 @@ def check(mx, quantization, seed, i, counts=None):
         counts.add(mode, 1, *check_quantize_fp(rng, mx, quantization, kind, mode))
         counts.add(mode, 1, check_dequantize_fp(rng, mx, quantization, mode))
     except MismatchError as difference:
-        where = f"--seed {seed} --first {i}: {kind}, group_size={group_size}, bits={bits}; {mode}"
+        where = f"{kind}, group_size={group_size}, bits={bits}; {mode}"
         raise MismatchError(f"{where}\n{difference}") from None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on (default 60)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="comparison to begin with, to reproduce one")
-    arguments = parser.parse_args()
-    mx, quantization = import_libraries()
-    end, i, counts = time.monotonic() + arguments.seconds, arguments.first, Counts()
-    try:
-        while i == arguments.first or time.monotonic() < end:
-            check(mx, quantization, arguments.seed, i, counts)
-            i += 1
-    except MismatchError as difference:
-        sys.exit(f"mlx_differential: {difference}")
+    libraries, counts = import_libraries(), Counts()
+    go_on("mlx_differential", __doc__, lambda seed, i: check(*libraries, seed, i, counts))
     print(counts)
 
 

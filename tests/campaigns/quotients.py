@@ -9,12 +9,15 @@ dividends and divisors that the proof leaves to be tried. A difference is printe
 status is 1.
 """
 
-import argparse
 import sys
-import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import quantization
+from campaigns.rounds import MismatchError, available_isas, go_on
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -94,7 +97,7 @@ def random_groups(rng, count, group_size, bits, quantize):
     return w
 
 
-def check(quantization, isas, seed, i):
+def check(seed, i, isas):
     """The i-th array of a seed on every instruction set; returns how many elements it has."""
     rng = np.random.default_rng([seed, i])
     bits, group_size, profile = int(rng.choice(BITS)), int(rng.choice(GROUP_SIZES)), str(rng.choice(PROFILES))
@@ -109,24 +112,14 @@ def check(quantization, isas, seed, i):
         with quantization.isa(isa):
             ours = quantization.affine_quantize(w, group_size, bits, profile=profile)
         if any(a.tobytes() != b.tobytes() for a, b in zip(ours, expected, strict=True)):
-            sys.exit(f"quotients: --seed {seed} --first {i}: {isa} differs, {bits=}, {group_size=}, {profile=}")
+            raise MismatchError(f"{isa} differs, {bits=}, {group_size=}, {profile=}")
     return w.size
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on (default 60)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="array to begin with, to reproduce one")
-    arguments = parser.parse_args()
-    import quantization
-
-    isas = [entry["name"] for entry in quantization._C.isas() if entry["available"] and entry["name"] != "generic"]
-    end, i, elements = time.monotonic() + arguments.seconds, arguments.first, 0
-    while i == arguments.first or time.monotonic() < end:
-        elements += check(quantization, isas, arguments.seed, i)
-        i += 1
-    print(f"{elements} elements on {', '.join(isas) or 'nothing but generic'}: all bytes equal")
+    isas, elements = available_isas()[1:], []
+    go_on("quotients", __doc__, lambda *case: elements.append(check(*case, isas)))
+    print(f"{sum(elements)} elements on {', '.join(isas) or 'nothing but generic'}: all bytes equal")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ Each case is a random product in a random format; every fifth small one is compa
 reference_fp.py, as well. A difference is printed with what reproduces it, and the exit status is 1.
 """
 
-import argparse
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import quantization
 import reference
 import reference_fp
+from campaigns.rounds import MismatchError, available_isas, go_on
 
 OPERATIONS = ("qmm_t", "qmm_n", "qmv", "qvm")
 ALONG_K = ("qmm_t", "qmv")
@@ -27,15 +26,11 @@ MAX_ROWS, MAX_THREADS = 19, 8
 QUICK_CASES = 60
 
 
-class MismatchError(Exception):
-    """The first bytes found to differ."""
-
-
 class Seen:
     """What the campaign has covered, for its last line."""
 
     def __init__(self):
-        self.cases, self.isas, self.threads, self.rows, self.formats = 0, [], set(), set(), set()
+        self.cases, self.isas, self.threads, self.rows, self.formats = 0, available_isas(), set(), set(), set()
 
     def __str__(self):
         threads, rows = (f"{min(numbers)}…{max(numbers)}" for numbers in (self.threads, self.rows))
@@ -198,7 +193,6 @@ def compare_everywhere(rng, case, expected, seen):
             compare(f"isa {name}, {threads} threads, rows {part}, offsets {offsets.tolist()}", y, expected[part])
             seen.threads.add(threads)
             seen.rows.add(y.size // expected.shape[1])
-    seen.cases += 1
     seen.formats.add(case.row["name"])
 
 
@@ -215,26 +209,13 @@ def check(seed, i, seen):
         compare_everywhere(rng, case, expected, seen)
     except MismatchError as difference:
         name = f"{case.row['name']} {case.operation}"
-        where = f"--seed {seed} --first {i}: {name}, x {case.kinds[0]}{x.shape}, scales {case.kinds[1]}"
-        raise MismatchError(f"{where}, {case.keywords}\n{difference}") from None
+        where = f"{name}, x {case.kinds[0]}{x.shape}, scales {case.kinds[1]}, {case.keywords}"
+        raise MismatchError(f"{where}\n{difference}") from None
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on (default 60)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases instead")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="case to begin with, to reproduce one")
-    options = parser.parse_args(arguments)
     seen = Seen()
-    seen.isas = [entry["name"] for entry in reversed(quantization._C.isas()) if entry["available"]]
-    end, i = time.monotonic() + options.seconds, options.first
-    try:
-        while seen.cases < QUICK_CASES if options.quick else seen.cases == 0 or time.monotonic() < end:
-            check(options.seed, i, seen)
-            i += 1
-    except MismatchError as difference:
-        sys.exit(f"same_bits: {difference}")
+    seen.cases = go_on("same_bits", __doc__, lambda seed, i: check(seed, i, seen), arguments, QUICK_CASES)
     print(seen)
 
 

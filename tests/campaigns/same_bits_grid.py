@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from same_bits import ALONG_K, KINDS, OPERATIONS, MismatchError, compare
-
 import quantization
 import reference
+from campaigns.rounds import MismatchError, available_isas
+from campaigns.same_bits import ALONG_K, KINDS, OPERATIONS, compare
 
 
 class Grid(NamedTuple):
@@ -166,7 +165,7 @@ def main(arguments=None):
     parser.add_argument("--format", action="append", help="only this one; may be given several times")
     options = parser.parse_args(arguments)
     grid = QUICK if options.quick else WHOLE
-    isas = [entry["name"] for entry in reversed(quantization._C.isas()) if entry["available"]]
+    isas = available_isas()
     digests, total = {}, 0
     try:
         for row in quantization._C.formats():

@@ -7,9 +7,7 @@ definition in tests/reference_kv.py applies, its bytes are compared as well. NaN
 with what reproduces it, and the exit status is 1.
 """
 
-import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from same_bits import MismatchError, at_offset, compare, random_values
-
 import quantization
 import reference_kv as ref
+from campaigns.rounds import MismatchError, available_isas, go_on
+from campaigns.same_bits import at_offset, compare, random_values
 
 MAX_THREADS = 8
 QUICK_CASES = 60
@@ -211,27 +208,14 @@ def check(seed, i, isas):
                 results = case.run(moved)
             compare_results(f"isa {name}, {threads} threads, offsets {offsets.tolist()}", results, expected)
     except MismatchError as difference:
-        raise MismatchError(f"--seed {seed} --first {i}: {case.label}\n{difference}") from None
+        raise MismatchError(f"{case.label}\n{difference}") from None
     return len(isas) + bool(case.definition)
 
 
 def main(arguments=None):
-    """Go on until the time is over or something differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on (default 60)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases instead")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="case to begin with, to reproduce one")
-    options = parser.parse_args(arguments)
-    isas = [entry["name"] for entry in reversed(quantization._C.isas()) if entry["available"]]
-    end, i, compared = time.monotonic() + options.seconds, options.first, 0
-    try:
-        while i < options.first + QUICK_CASES if options.quick else i == options.first or time.monotonic() < end:
-            compared += check(options.seed, i, isas)
-            i += 1
-    except MismatchError as difference:
-        sys.exit(f"same_bits_kv: {difference}")
-    print(f"{i - options.first} cases, {compared} comparisons, ISAs {', '.join(isas)}: identical")
+    isas, compared = available_isas(), []
+    cases = go_on("same_bits_kv", __doc__, lambda *case: compared.append(check(*case, isas)), arguments, QUICK_CASES)
+    print(f"{cases} cases, {sum(compared)} comparisons, ISAs {', '.join(isas)}: identical")
 
 
 if __name__ == "__main__":
