@@ -95,14 +95,12 @@ static int check_norms(const call *c, cache *from, const qz_kv_side *side, int c
         return qz_raise(PyExc_TypeError, c->op, "%s must be %s for codec %d, got %s", from->norms_name,
                         codec == 1 ? "float32" : "float16 or float32", codec, qz_type_name(norms->type));
     }
-    if (norms->ndim == 2 && codec == 1 && count == 1) {
+    if (codec == 1 && count == 1 && qz_fits_norms(packed, norms, 0)) {
         norms->ndim = 3;
         norms->shape[2] = 1;
         norms->strides[2] = 0;
     }
-    if (norms->ndim == 3 && norms->shape[0] == packed->shape[0] && norms->shape[1] == packed->shape[1] &&
-        norms->shape[2] == count)
-        return 0;
+    if (qz_fits_norms(packed, norms, count)) return 0;
     return qz_raise_shape(c, from->norms_name, norms, "(%zd, %zd, %zd)%s", packed->shape[0], packed->shape[1], count,
                           codec == 1 && count == 1 ? " or without the last axis" : "");
 }

@@ -273,6 +273,9 @@ int qz_take_kv_factor(const call *c, PyObject *object, int divides, float *facto
 /* The head dimension, at least `least`, whose codes take so many bytes; `name` is the size's. */
 ptrdiff_t qz_take_kv_dimension(const call *c, const char *name, ptrdiff_t bytes, int version, int bits, int least);
 
+/* Whether norms agree with packed but for the last axis, of so many; 0: that axis is missing. */
+int qz_fits_norms(const qz_array *packed, const qz_array *norms, ptrdiff_t last);
+
 /* ValueError "name must have shape ..., got ...". Returns -1. */
 int qz_raise_shape(const call *c, const char *name, const qz_array *got, const char *format, ...);
 

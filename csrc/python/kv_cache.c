@@ -510,8 +510,7 @@ static qz_status run_decode(const qz_plan *plan, const void *args, const qz_run 
     return plan->device->kv_decode(plan, args, run);
 }
 
-/* Whether norms agree with packed but for the last axis, of so many; 0: that axis is missing. */
-static int fits_norms(const qz_array *packed, const qz_array *norms, ptrdiff_t last) {
+int qz_fits_norms(const qz_array *packed, const qz_array *norms, ptrdiff_t last) {
     if (norms->ndim != packed->ndim - (last == 0)) return 0;
     for (int i = 0; i < packed->ndim - 1; i++) {
         if (norms->shape[i] != packed->shape[i]) return 0;
@@ -522,9 +521,9 @@ static int fits_norms(const qz_array *packed, const qz_array *norms, ptrdiff_t l
 static int check_norms(const call *c, const qz_kv_codec *codec, const qz_array *packed, const qz_array *norms) {
     const ptrdiff_t dimension = codec->rotation.dimension, parts = qz_kv_row_norms(codec);
     const int is_plain = codec->version == 1 && dimension != 512, is_long = is_plain && dimension >= 1024;
-    if (!is_plain && fits_norms(packed, norms, parts)) return 0;
-    if (is_plain && fits_norms(packed, norms, 0)) return 0;
-    if (is_long && fits_norms(packed, norms, dimension / 256)) return 0;
+    if (!is_plain && qz_fits_norms(packed, norms, parts)) return 0;
+    if (is_plain && qz_fits_norms(packed, norms, 0)) return 0;
+    if (is_long && qz_fits_norms(packed, norms, dimension / 256)) return 0;
     PyObject *lead = qz_shape_text(packed->shape, packed->ndim - 1), *got = qz_shape_text(norms->shape, norms->ndim);
     if (lead && got && is_plain) {
         qz_raise(PyExc_ValueError, c->op, "norms must have packed's shape without the last axis, %U, got %U", lead,
