@@ -185,6 +185,12 @@ def decode_1(codes, norms, bits=4, *, scale_factor=1.0, rotated=False, dtype=F32
     return x * signs(D).astype(dtype) if D in (256, 512) else x
 
 
+def shapes_1(heads, capacity, D, bits=4):
+    """Shapes of a cache's codes and norms."""
+    codes, norms = (D // 2 if bits == 4 else D,), () if D < 512 else (D // 256,)
+    return (heads, capacity, *codes), (heads, capacity, *norms)
+
+
 def pack_1(codes, bits):
     """At 4 bits two codes in a byte, the even coordinate in the lower half; otherwise one."""
     return codes[..., ::2] | codes[..., 1::2] << 4 if bits == 4 else codes

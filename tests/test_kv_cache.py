@@ -216,8 +216,8 @@ def test_codes_are_those_of_the_encoders(options, rng):
             expected, factors = q.quantize_kv(x[:, 2:], bits)
             assert np.array_equal(packed[:, slots], expected) and np.array_equal(norms[:, slots], factors)
             continue
-        shape = (2, 5) if dim < 512 else (2, 5, dim // 256)
-        expected, factors = np.zeros((2, 5, dim // 2 if bits == 4 else dim), np.uint8), np.zeros(shape, np.float32)
+        shapes = ref.shapes_1(2, 5, dim, bits)
+        expected, factors = np.zeros(shapes[0], np.uint8), np.zeros(shapes[1], np.float32)
         for t in range(2, 7):
             if bits == 4:
                 q.hadamard_quantize_kv(x[:, t], expected, factors, write_pos=t, is_sliding=True)

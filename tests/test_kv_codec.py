@@ -214,19 +214,10 @@ def test_fwht_of_other_types_layouts_and_sizes(rng):
 # Codec 1
 
 
-def packed_width(D, bits):
-    return D // 2 if bits == 4 else D
-
-
-def norms_per_position(D):
-    return max(1, D // 256)
-
-
 def room(H, C, D, bits=4, fill=0xA5):
     """Packed codes and norms, filled with what must stay."""
-    packed = np.full((H, C, packed_width(D, bits)), fill, U8)
-    shape = (H, C) if D < 512 else (H, C, norms_per_position(D))
-    return packed, np.full(shape, -1234.5, F32)
+    packed, norms = ref.shapes_1(H, C, D, bits)
+    return np.full(packed, fill, U8), np.full(norms, -1234.5, F32)
 
 
 def encode_1(src, bits=4, *, write_pos=0, C=1, **keywords):
@@ -585,8 +576,8 @@ def test_sources_may_repeat_and_be_read_only(rng):
 def test_nothing_outside_of_the_arrays(D, bits, isa, guarded, rng):
     H, C = 2, 3
     for offset in (0, 1, 4, 31):
-        src, packed = guarded.empty((H, D), F32, offset), guarded.empty((H, C, packed_width(D, bits)), U8, offset)
-        norms = guarded.empty((H, C) if D < 512 else (H, C, norms_per_position(D)), F32, offset)
+        shapes = ((H, D), *ref.shapes_1(H, C, D, bits))
+        src, packed, norms = (guarded.empty(*array, offset) for array in zip(shapes, (F32, U8, F32), strict=True))
         src[...] = normal(rng, H, D)
         for p in range(C):
             call(bits, src, packed, norms, write_pos=p)

@@ -5,6 +5,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import quantization as q
+import reference_kv as ref
 
 F16, F32, U8 = np.float16, np.float32, np.uint8
 H, C, T = 2, 4, 3
@@ -21,8 +22,8 @@ def nearest(D, sizes):
 
 
 def kv(D=64):
-    norms = (H, C) if D < 512 else (H, C, D // 256)
-    return [np.ones((H, D), F32), np.full((H, C, D // 2), 0xA5, U8), np.full(norms, 7, F32)], {"write_pos": 1}
+    packed, norms = ref.shapes_1(H, C, D)
+    return [np.ones((H, D), F32), np.full(packed, 0xA5, U8), np.full(norms, 7, F32)], {"write_pos": 1}
 
 
 def seq(D=64):

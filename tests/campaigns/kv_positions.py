@@ -38,10 +38,9 @@ class Model:
         self.bits = int(rng.choice(ref.BITS_1))
         self.D = int(2 ** rng.integers(1, 12) if self.bits == 4 else rng.choice([256, 512]))
         self.H, self.C = int(rng.integers(1, 5)), int(rng.integers(1, 20))
-        width = self.D // 2 if self.bits == 4 else self.D
-        norms = (self.H, self.C) if self.D < 512 else (self.H, self.C, self.D // 256)
+        packed, norms = ref.shapes_1(self.H, self.C, self.D, self.bits)
         self.layouts = any_layout(rng, 3), any_layout(rng, len(norms))
-        self.memory, self.packed = self.layouts[0].empty((self.H, self.C, width), np.uint8)
+        self.memory, self.packed = self.layouts[0].empty(packed, np.uint8)
         self.norms_memory, self.norms = self.layouts[1].empty(norms, np.float32)
         self.norms[...] = NORM_FILL
         self.want, self.want_norms = self.packed.copy(), self.norms.copy()

@@ -97,8 +97,8 @@ def decode_2_case(rng):
 
 def room_1(heads, capacity, D, bits):
     """Packed codes and norms of codec 1, filled."""
-    shape = (heads, capacity) if D < 512 else (heads, capacity, D // 256)
-    return np.full((heads, capacity, D // 2 if bits == 4 else D), 0xA5, np.uint8), np.full(shape, 7, np.float32)
+    packed, norms = ref.shapes_1(heads, capacity, D, bits)
+    return np.full(packed, 0xA5, np.uint8), np.full(norms, 7, np.float32)
 
 
 def sizes_1(rng):
