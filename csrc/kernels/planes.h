@@ -43,6 +43,9 @@ QZ_INLINE planes planes_at(const char *prepared, ptrdiff_t k, int block, int dig
 static const uint8_t shifted_fp4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 QZ_INLINE v_u8 as_multiplied(v_u8 codes, int bits) { return bits == QZ_FP4 ? look_up_u8(shifted_fp4, codes) : codes; }
 
+/* The numbers of E4M3 that are nvfp4's scales come divided by 256 (f32_from_e4m3): 2^e makes up for it. */
+#define QZ_GREATER_FP4(block) ((block) < 32 ? 256.0f : 1.0f)
+
 /* unpack_folded and unpack_in_order of such. Groups of 16 may end within the 32 codes that the latter reads. */
 QZ_INLINE void unpack_codes(v_u8 *codes, const uint8_t *packed, int bits) {
     const int fold = QZ_FOLD(QZ_STORED_BITS(bits));
@@ -124,6 +127,17 @@ QZ_INLINE void fold_bytes(int8_t *to, const int8_t *from, int count, int fold) {
     }
 }
 
+/* What fills the last chunk of a row: steps of zeros, and a scale that leaves sums as they are. */
+QZ_INLINE void clear_blocks_beyond(planes *to, ptrdiff_t k, int block, int digits) {
+    const ptrdiff_t step = QZ_STEP(QZ_FP4, block), blocks = k / block, all = padded_blocks(k, block);
+    const ptrdiff_t filled = (k + step - 1) / step * step;
+    memset(to->digits + filled * digits, 0, (size_t)((all * block - filled) * digits));
+    for (ptrdiff_t b = blocks; b < all; b++) {
+        to->scale[b] = 0.0f;
+        to->offset[b] = 0;
+    }
+}
+
 QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
     const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
     const int step = QZ_STEP(bits, block), fold = QZ_FOLD(QZ_STORED_BITS(bits));
@@ -136,11 +150,12 @@ QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bi
             const ptrdiff_t b = at / block;
             if (!fixed_point(v, x + at, block, p, &to.scale[b])) return 0;
             int32_t sum = store_digits(ordered[0] + (at - begin), sizeof ordered[0], v, block, digits, &high);
-            to.scale[b] *= QZ_UNIT(bits);
+            to.scale[b] *= QZ_UNIT(bits) * (bits == QZ_FP4 ? QZ_GREATER_FP4(block) : 1.0f);
             to.sum[b] = (float)sum;
             set_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, wide);
         }
         for (int d = 0; d < digits; d++) fold_bytes(to.digits + begin * digits + d * step, ordered[d], step, fold);
     }
+    if (bits == QZ_FP4) clear_blocks_beyond(&to, k, block, digits);
     return 1;
 }

@@ -184,7 +184,10 @@ QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
         __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
         return _mm256_permutevar8x32_epi32(a, order);
     }
-    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(v[0], v[1]), 0xd8);
+    const __m256 a = _mm256_castsi256_ps(v[0]), b = _mm256_castsi256_ps(v[1]);
+    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+    const __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+    return _mm256_permute4x64_epi64(_mm256_add_epi32(even, odd), 0xd8);
 }
 
 QZ_INLINE void transpose_f32(v_f32 *rows) {
