@@ -11,7 +11,7 @@ QZ_INLINE v_f32 chain_fp4(v_f32 chain, v_i32 dots, v_i32 offset, v_f32 scales, v
 
 /* ---- few rows of x: lanes are chains ---- */
 
-/* Scales of some blocks of a panel, divided by QZ_GREATER_FP4, and zeros in the rest of the last vector. */
+/* Scales of some blocks, divided by QZ_GREATER_FP4, and zeros in the rest of the last vector. */
 QZ_INLINE void load_scales_fp4(float to[QZ_FP4_PANEL], const char *from, ptrdiff_t stride, ptrdiff_t blocks,
                                int block) {
     enum { SOME = 32 / QZ_LANES };
@@ -35,84 +35,133 @@ QZ_INLINE void load_scales_fp4(float to[QZ_FP4_PANEL], const char *from, ptrdiff
 }
 
 /* The links of QZ_LANES chains at blocks [at, at + QZ_LANES) of x. */
-QZ_INLINE v_f32 link_fp4(v_f32 chains, const uint8_t *codes, int is_packed, const float *scales, const planes *x,
-                         ptrdiff_t at, int block, int digits) {
+QZ_INLINE v_f32 link_fp4(v_f32 chains, const uint8_t *codes, int is_packed, v_f32 scales, const planes *x, ptrdiff_t at,
+                         int block, int digits) {
     v_i32 dots[2];
     dot_chunk(dots, codes, is_packed, x->digits + at * block * digits, QZ_FP4, block, digits);
-    return chain_fp4(chains, dots[0], load_i32(x->offset + at), load_f32(scales), load_f32(x->scale + at));
+    return chain_fp4(chains, dots[0], load_i32(x->offset + at), scales, load_f32(x->scale + at));
 }
 
-/* Some blocks of a row of weights from block `first` on. */
-typedef struct panel_fp4 {
-    const uint8_t *codes;
-    ptrdiff_t first, blocks;
-    float scales[QZ_FP4_PANEL];
-} panel_fp4;
-
-QZ_INLINE void find_panel_fp4(panel_fp4 *panel, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
-                              ptrdiff_t blocks, int block) {
-    const qz_scales *from = &job->scales;
-    const char *scales = from->scales + r * from->scale_row_stride + first * from->scale_group_stride;
-    panel->codes = job->w + r * job->w_row_stride + first * block / 2;
-    panel->first = first;
-    panel->blocks = blocks;
-    __builtin_prefetch(scales + QZ_PREFETCH * 2 / block);
-    load_scales_fp4(panel->scales, scales, from->scale_group_stride, blocks, block);
-}
-
-/* Packed codes of the chunk at block `at` of the panel; where it has less, a copy padded with zeros. */
-QZ_INLINE const uint8_t *chunk_fp4(uint8_t *copy, const panel_fp4 *panel, ptrdiff_t at, int block) {
-    const uint8_t *from = panel->codes + at * block / 2;
-    if (panel->blocks - at >= QZ_LANES) return from;
-    memset(copy, 0, (size_t)(QZ_LANES * block / 2));
-    memcpy(copy, from, (size_t)((panel->blocks - at) * block / 2));
+/* Packed codes of a chunk; where the row has only `blocks` more, a copy padded with zeros. */
+QZ_INLINE const uint8_t *chunk_fp4(uint8_t *copy, const uint8_t *codes, ptrdiff_t blocks, int block) {
+    if (blocks >= QZ_LANES) return codes;
+    memset(copy, 0, (size_t)(QZ_LANES * (block / 2)));
+    memcpy(copy, codes, (size_t)(blocks * (block / 2)));
     return copy;
 }
 
 enum { QZ_FP4_VECTORS = QZ_FP4_CHAINS / QZ_LANES };
 
-/* The chains of a panel for one row of x. */
-QZ_INLINE void sum_panel_fp4(float *to, const panel_fp4 *panel, const planes *x, int block, int digits) {
-    _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2];
-    v_f32 chains[QZ_FP4_VECTORS];
-    ptrdiff_t at = 0;
+QZ_INLINE void prefetch_fp4(const uint8_t *codes, ptrdiff_t size) {
+    for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(codes + QZ_PREFETCH + i);
+}
+
+/* The scales of QZ_FP4_CHAINS neighbours, divided by QZ_GREATER_FP4. most: see f32_from_scales_e4m3. */
+QZ_INLINE v_i32 scales_of_links_fp4(v_f32 to[QZ_FP4_VECTORS], const uint8_t *from, v_i32 most, int block) {
+    if (block < 32) return f32_from_scales_e4m3(to, from, most);
     QZ_UNROLL
-    for (int v = 0; v < QZ_FP4_VECTORS; v++) chains[v] = set1_f32(0.0f);
-    for (; at + QZ_FP4_CHAINS <= panel->blocks; at += QZ_FP4_CHAINS) {
-        const uint8_t *codes = panel->codes + at * block / 2;
+    for (int v = 0; v < QZ_FP4_VECTORS; v++) to[v] = scales_of_bytes(from + v * QZ_LANES, QZ_E8M0);
+    return most;
+}
+
+/* The chains of some whole panels for one row of x, whose first block is `first`, where scales stand side by side. What
+ * it returns tells whether scales are odd: then the sums count for nothing. */
+QZ_INLINE int sum_whole_panels_fp4(float *to, const uint8_t *codes, const uint8_t *scales, const planes *x,
+                                   ptrdiff_t first, ptrdiff_t end, int block, int digits) {
+    v_i32 most = set1_i32(0);
+    for (; first < end; first += QZ_FP4_PANEL) {
+        v_f32 chains[QZ_FP4_VECTORS];
         QZ_UNROLL
-        for (int i = 0; i < QZ_FP4_CHAINS * block / 2; i += 64) __builtin_prefetch(codes + QZ_PREFETCH + i);
-        QZ_UNROLL
-        for (int v = 0; v < QZ_FP4_VECTORS; v++) {
-            const int b = v * QZ_LANES;
-            chains[v] = link_fp4(chains[v], codes + b * block / 2, 1, panel->scales + at + b, x, panel->first + at + b,
-                                 block, digits);
+        for (int v = 0; v < QZ_FP4_VECTORS; v++) chains[v] = set1_f32(0.0f);
+        __builtin_prefetch(scales + QZ_PREFETCH * 2 / block);
+        for (ptrdiff_t at = first; at < first + QZ_FP4_PANEL; at += QZ_FP4_CHAINS) {
+            v_f32 s[QZ_FP4_VECTORS];
+            most = scales_of_links_fp4(s, scales, most, block);
+            prefetch_fp4(codes, QZ_FP4_CHAINS * block / 2);
+            QZ_UNROLL
+            for (int v = 0; v < QZ_FP4_VECTORS; v++) {
+                chains[v] = link_fp4(chains[v], codes, 1, s[v], x, at + v * QZ_LANES, block, digits);
+                codes += QZ_LANES * block / 2;
+            }
+            scales += QZ_FP4_CHAINS;
         }
+        QZ_UNROLL
+        for (int v = 0; v < QZ_FP4_VECTORS; v++) store_f32(to + v * QZ_LANES, chains[v]);
+        to += QZ_FP4_CHAINS;
     }
-    QZ_UNROLL
-    for (int v = 0; v < QZ_FP4_VECTORS; v++) store_f32(to + v * QZ_LANES, chains[v]);
-    for (; at < panel->blocks; at += QZ_LANES) {
-        float *some = to + at % QZ_FP4_CHAINS;
-        store_f32(some, link_fp4(load_f32(some), chunk_fp4(copy, panel, at, block), 1, panel->scales + at, x,
-                                 panel->first + at, block, digits));
+    return block < 32 && exceeds_7e(most);
+}
+
+/* The chains of `blocks` blocks, a panel or what there is of it. */
+QZ_INLINE void sum_panel_fp4(float *to, const uint8_t *codes, const float *scales, const planes *x, ptrdiff_t first,
+                             ptrdiff_t blocks, int block, int digits) {
+    _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2];
+    memset(to, 0, QZ_FP4_CHAINS * sizeof *to);
+    for (ptrdiff_t at = 0; at < blocks; at += QZ_LANES) {
+        const uint8_t *some = chunk_fp4(copy, codes + at * (block / 2), blocks - at, block);
+        float *chain = to + at % QZ_FP4_CHAINS;
+        prefetch_fp4(codes + at * (block / 2), QZ_LANES * block / 2);
+        store_f32(chain, link_fp4(load_f32(chain), some, 1, load_f32(scales + at), x, first + at, block, digits));
     }
 }
 
 /* The same for all rows of x, whose chains are `pitch` apart: a chunk is unpacked once. */
-QZ_INLINE void sum_panel_of_rows_fp4(float *to, ptrdiff_t pitch, const panel_fp4 *panel, const qz_matmul_job *job,
-                                     int block, int digits) {
-    _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2], codes[QZ_LANES * QZ_MAX_BLOCK];
+QZ_INLINE void sum_panel_of_rows_fp4(float *to, ptrdiff_t pitch, const uint8_t *codes, const float *scales,
+                                     const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t blocks, int block,
+                                     int digits) {
+    _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2], unpacked[QZ_LANES * QZ_MAX_BLOCK];
     for (ptrdiff_t m = 0; m < job->m; m++) memset(to + m * pitch, 0, QZ_FP4_CHAINS * sizeof *to);
-    for (ptrdiff_t at = 0; at < panel->blocks; at += QZ_LANES) {
-        __builtin_prefetch(panel->codes + at * block / 2 + QZ_PREFETCH);
-        unpack_chunk(codes, chunk_fp4(copy, panel, at, block), QZ_FP4, block);
+    for (ptrdiff_t at = 0; at < blocks; at += QZ_LANES) {
+        const uint8_t *some = codes + at * (block / 2);
+        prefetch_fp4(some, QZ_LANES * block / 2);
+        unpack_chunk(unpacked, chunk_fp4(copy, some, blocks - at, block), QZ_FP4, block);
         for (ptrdiff_t m = 0; m < job->m; m++) {
-            float *some = to + m * pitch + at % QZ_FP4_CHAINS;
             const planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
-            store_f32(some,
-                      link_fp4(load_f32(some), codes, 0, panel->scales + at, &x, panel->first + at, block, digits));
+            float *chain = to + m * pitch + at % QZ_FP4_CHAINS;
+            store_f32(chain,
+                      link_fp4(load_f32(chain), unpacked, 0, load_f32(scales + at), &x, first + at, block, digits));
         }
     }
+}
+
+/* Weight row r, blocks [begin, end), for all rows of x. */
+QZ_INLINE void sum_row_fp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, const char *stored,
+                           const uint8_t *codes, ptrdiff_t begin, ptrdiff_t end, int block, int digits) {
+    const ptrdiff_t stride = job->scales.scale_group_stride;
+    _Alignas(64) float scales[QZ_FP4_PANEL];
+    for (; begin < end; begin += QZ_FP4_PANEL) {
+        const ptrdiff_t left = end - begin, blocks = left < QZ_FP4_PANEL ? left : QZ_FP4_PANEL;
+        __builtin_prefetch(stored + QZ_PREFETCH * 2 / block);
+        load_scales_fp4(scales, stored, stride, blocks, block);
+        if (job->m == 1) {
+            const planes x = planes_at(job->x, job->columns, block, digits);
+            sum_panel_fp4(to, codes, scales, &x, begin, blocks, block, digits);
+        } else {
+            sum_panel_of_rows_fp4(to, pitch, codes, scales, job, begin, blocks, block, digits);
+        }
+        codes += QZ_FP4_PANEL * block / 2;
+        stored += QZ_FP4_PANEL * stride;
+        to += QZ_FP4_CHAINS;
+    }
+}
+
+/* The same; first the whole panels in the fast way, if there is one. */
+QZ_INLINE void sum_row_or_fast_fp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin,
+                                   ptrdiff_t end, int block, int digits) {
+    const qz_scales *from = &job->scales;
+    const char *stored = from->scales + r * from->scale_row_stride + begin * from->scale_group_stride;
+    const uint8_t *codes = job->w + r * job->w_row_stride + begin * (block / 2);
+    if (job->m == 1 && from->scale_group_stride == 1) {
+        const ptrdiff_t whole = (end - begin) / QZ_FP4_PANEL * QZ_FP4_PANEL;
+        const planes x = planes_at(job->x, job->columns, block, digits);
+        if (!sum_whole_panels_fp4(to, codes, (const uint8_t *)stored, &x, begin, begin + whole, block, digits)) {
+            begin += whole;
+            stored += whole;
+            codes += whole * (block / 2);
+            to += whole / QZ_FP4_PANEL * QZ_FP4_CHAINS;
+        }
+    }
+    if (begin < end) sum_row_fp4(to, pitch, job, stored, codes, begin, end, block, digits);
 }
 
 QZ_INLINE void decode_rows_fp4(const qz_matmul_job *job, int block, int digits) {
@@ -124,18 +173,7 @@ QZ_INLINE void decode_rows_fp4(const qz_matmul_job *job, int block, int digits) 
         const ptrdiff_t end = blocks - begin < fit ? blocks : begin + fit;
         const ptrdiff_t pitch = (end - begin + QZ_FP4_PANEL - 1) / QZ_FP4_PANEL * QZ_FP4_CHAINS;
         for (ptrdiff_t r = 0; r < job->rows; r++) {
-            float *to = chains + r * pitch;
-            for (ptrdiff_t first = begin; first < end; first += QZ_FP4_PANEL) {
-                panel_fp4 panel;
-                find_panel_fp4(&panel, job, r, first, end - first < QZ_FP4_PANEL ? end - first : QZ_FP4_PANEL, block);
-                if (job->m == 1) {
-                    const planes x = planes_at(job->x, job->columns, block, digits);
-                    sum_panel_fp4(to, &panel, &x, block, digits);
-                } else {
-                    sum_panel_of_rows_fp4(to, pitch * QZ_TILE_ROWS, &panel, job, block, digits);
-                }
-                to += QZ_FP4_CHAINS;
-            }
+            sum_row_or_fast_fp4(chains + r * pitch, pitch * QZ_TILE_ROWS, job, r, begin, end, block, digits);
         }
         for (ptrdiff_t m = 0; m < job->m; m++) {
             add_terms_in_order(job->y + m * job->y_stride, chains + m * pitch * QZ_TILE_ROWS, pitch, pitch);

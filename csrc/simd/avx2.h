@@ -382,6 +382,16 @@ static inline v_i32 f32_from_e4m3(v_f32 to[4], const uint8_t *codes) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(v, largest), largest);
 }
 
+static inline v_i32 f32_from_scales_e4m3(v_f32 to[2], const uint8_t *codes, v_i32 most) {
+    const __m128i v = _mm_loadu_si128((const __m128i *)codes), none = _mm_setzero_si128();
+    to[0] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_unpacklo_epi8(none, v), 1));
+    to[1] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_unpackhi_epi8(none, v), 1));
+    return _mm256_zextsi128_si256(_mm_max_epu8(_mm256_castsi256_si128(most), v));
+}
+static inline int exceeds_7e(v_i32 most) {
+    return _mm_movemask_epi8(_mm_adds_epu8(_mm256_castsi256_si128(most), _mm_set1_epi8(1))) != 0;
+}
+
 /* Each step halves the lanes that are left of a vector and joins two vectors. */
 #define QZ_REDUCE_EACH(name, op)                                                           \
     static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                                 \

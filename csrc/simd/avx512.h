@@ -260,6 +260,15 @@ static inline v_i32 f32_from_e4m3(v_f32 to[2], const uint8_t *codes) {
     return _mm512_zextsi256_si512(_mm256_cmpeq_epi8(_mm256_and_si256(v, largest), largest));
 }
 
+static inline v_i32 f32_from_scales_e4m3(v_f32 to[1], const uint8_t *codes, v_i32 most) {
+    const __m128i v = _mm_loadu_si128((const __m128i *)codes);
+    to[0] = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(v), 7));
+    return _mm512_zextsi128_si512(_mm_max_epu8(_mm512_castsi512_si128(most), v));
+}
+static inline int exceeds_7e(v_i32 most) {
+    return _mm_movemask_epi8(_mm_adds_epu8(_mm512_castsi512_si128(most), _mm_set1_epi8(1))) != 0;
+}
+
 /* Each step halves the lanes that are left of a vector and joins two vectors. */
 #define QZ_REDUCE_EACH(name, op)                                                       \
     static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                             \

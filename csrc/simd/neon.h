@@ -236,6 +236,18 @@ static inline v_i32 f32_from_e4m3(v_f32 to[8], const uint8_t *codes) {
     return vreinterpretq_s32_u8(odd);
 }
 
+static inline v_i32 f32_from_scales_e4m3(v_f32 to[4], const uint8_t *codes, v_i32 most) {
+    const uint8x16_t v = vld1q_u8(codes);
+    const float16x8_t low = vreinterpretq_f16_u16(vshll_n_u8(vget_low_u8(v), 7));
+    const float16x8_t high = vreinterpretq_f16_u16(vshll_n_u8(vget_high_u8(v), 7));
+    to[0] = vcvt_f32_f16(vget_low_f16(low));
+    to[1] = vcvt_high_f32_f16(low);
+    to[2] = vcvt_f32_f16(vget_low_f16(high));
+    to[3] = vcvt_high_f32_f16(high);
+    return vreinterpretq_s32_u8(vmaxq_u8(vreinterpretq_u8_s32(most), v));
+}
+static inline int exceeds_7e(v_i32 most) { return vmaxvq_u8(vreinterpretq_u8_s32(most)) > 0x7e; }
+
 static inline v_f32 least_of_each(const v_f32 v[QZ_LANES]) {
     return vpminq_f32(vpminq_f32(v[0], v[1]), vpminq_f32(v[2], v[3]));
 }
