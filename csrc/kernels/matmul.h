@@ -52,7 +52,7 @@ QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_pac
 }
 
 /* The integer sums of QZ_LANES blocks, one a lane: sums[0] and, in wide formats, sums[1] are low and high of their
- * steps. */
+ * steps. nvfp4's come in loose order. */
 QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
                          int count) {
     const int step = QZ_STEP(bits, block), steps = QZ_LANES * block / step,
@@ -63,7 +63,7 @@ QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, cons
         dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);
         QZ_HOLD(low[i]);
     }
-    sums[0] = sum_blocks(low, steps);
+    sums[0] = QZ_IS_LOOSE(bits, block) ? sum_pairs_loosely(low) : sum_blocks(low, steps);
     if (is_wide(bits, block, count)) sums[1] = sum_blocks(high, steps);
 }
 

@@ -34,12 +34,22 @@ QZ_INLINE void load_scales_fp4(float to[QZ_FP4_PANEL], const char *from, ptrdiff
     for (ptrdiff_t i = blocks; i % QZ_LANES; i++) to[i] = 0.0f;
 }
 
+/* Between the plain order of blocks and that of planes; both ways. */
+QZ_INLINE v_f32 in_order_fp4(v_f32 v, int block) { return QZ_IS_LOOSE(QZ_FP4, block) ? loosen_f32(v) : v; }
+
 /* The links of QZ_LANES chains at blocks [at, at + QZ_LANES) of x. */
 QZ_INLINE v_f32 link_fp4(v_f32 chains, const uint8_t *codes, int is_packed, v_f32 scales, const planes *x, ptrdiff_t at,
                          int block, int digits) {
     v_i32 dots[2];
     dot_chunk(dots, codes, is_packed, x->digits + at * block * digits, QZ_FP4, block, digits);
     return chain_fp4(chains, dots[0], load_i32(x->offset + at), scales, load_f32(x->scale + at));
+}
+
+/* The same of chains and scales in memory, in plain order. */
+QZ_INLINE void add_links_fp4(float *chains, const uint8_t *codes, int is_packed, const float *scales, const planes *x,
+                             ptrdiff_t at, int block, int digits) {
+    const v_f32 sum = in_order_fp4(load_f32(chains), block), s = in_order_fp4(load_f32(scales), block);
+    store_f32(chains, in_order_fp4(link_fp4(sum, codes, is_packed, s, x, at, block, digits), block));
 }
 
 /* Packed codes of a chunk; where the row has only `blocks` more, a copy padded with zeros. */
@@ -86,7 +96,7 @@ QZ_INLINE int sum_whole_panels_fp4(float *to, const uint8_t *codes, const uint8_
             scales += QZ_FP4_CHAINS;
         }
         QZ_UNROLL
-        for (int v = 0; v < QZ_FP4_VECTORS; v++) store_f32(to + v * QZ_LANES, chains[v]);
+        for (int v = 0; v < QZ_FP4_VECTORS; v++) store_f32(to + v * QZ_LANES, in_order_fp4(chains[v], block));
         to += QZ_FP4_CHAINS;
     }
     return block < 32 && exceeds_7e(most);
@@ -101,7 +111,7 @@ QZ_INLINE void sum_panel_fp4(float *to, const uint8_t *codes, const float *scale
         const uint8_t *some = chunk_fp4(copy, codes + at * (block / 2), blocks - at, block);
         float *chain = to + at % QZ_FP4_CHAINS;
         prefetch_fp4(codes + at * (block / 2), QZ_LANES * block / 2);
-        store_f32(chain, link_fp4(load_f32(chain), some, 1, load_f32(scales + at), x, first + at, block, digits));
+        add_links_fp4(chain, some, 1, scales + at, x, first + at, block, digits);
     }
 }
 
@@ -118,8 +128,7 @@ QZ_INLINE void sum_panel_of_rows_fp4(float *to, ptrdiff_t pitch, const uint8_t *
         for (ptrdiff_t m = 0; m < job->m; m++) {
             const planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
             float *chain = to + m * pitch + at % QZ_FP4_CHAINS;
-            store_f32(chain,
-                      link_fp4(load_f32(chain), unpacked, 0, load_f32(scales + at), &x, first + at, block, digits));
+            add_links_fp4(chain, unpacked, 0, scales + at, &x, first + at, block, digits);
         }
     }
 }

@@ -43,6 +43,10 @@ QZ_INLINE planes planes_at(const char *prepared, ptrdiff_t k, int block, int dig
 static const uint8_t shifted_fp4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 QZ_INLINE v_u8 as_multiplied(v_u8 codes, int bits) { return bits == QZ_FP4 ? look_up_u8(shifted_fp4, codes) : codes; }
 
+/* nvfp4 keeps what it has for each block in loose order (simd/dot.h). */
+#define QZ_IS_LOOSE(bits, block) ((bits) == QZ_FP4 && (block) < 32)
+#define QZ_BLOCK_PLACE(i, bits, block) (QZ_IS_LOOSE(bits, block) ? QZ_LOOSE_PLACE(i) : (i))
+
 /* The numbers of E4M3 that are nvfp4's scales come divided by 256 (f32_from_e4m3): 2^e makes up for it. */
 #define QZ_GREATER_FP4(block) ((block) < 32 ? 256.0f : 1.0f)
 
@@ -133,8 +137,8 @@ QZ_INLINE void clear_blocks_beyond(planes *to, ptrdiff_t k, int block, int digit
     const ptrdiff_t filled = (k + step - 1) / step * step;
     memset(to->digits + filled * digits, 0, (size_t)((all * block - filled) * digits));
     for (ptrdiff_t b = blocks; b < all; b++) {
-        to->scale[b] = 0.0f;
-        to->offset[b] = 0;
+        to->scale[QZ_BLOCK_PLACE(b, QZ_FP4, block)] = 0.0f;
+        to->offset[QZ_BLOCK_PLACE(b, QZ_FP4, block)] = 0;
     }
 }
 
@@ -147,7 +151,7 @@ QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bi
         if (k - begin < step) memset(ordered, 0, sizeof ordered);
         for (ptrdiff_t at = begin; at < k && at < begin + step; at += block) {
             int32_t v[QZ_MAX_BLOCK], high;
-            const ptrdiff_t b = at / block;
+            const ptrdiff_t b = QZ_BLOCK_PLACE(at / block, bits, block);
             if (!fixed_point(v, x + at, block, p, &to.scale[b])) return 0;
             int32_t sum = store_digits(ordered[0] + (at - begin), sizeof ordered[0], v, block, digits, &high);
             to.scale[b] *= QZ_UNIT(bits) * (bits == QZ_FP4 ? QZ_GREATER_FP4(block) : 1.0f);

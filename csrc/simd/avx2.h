@@ -173,6 +173,15 @@ static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
 static inline v_i32 add_pairs_64(v_i32 a, v_i32 b) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
+/* Without the permutation that puts halves in order, which costs as much as the rest. */
+#define QZ_LOOSE_PLACE(i) (((i) & ~6) | ((i) >> 1 & 2) | ((i) << 1 & 4))
+static inline v_f32 loosen_f32(v_f32 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *v) {
+    const __m256 a = _mm256_castsi256_ps(v[0]), b = _mm256_castsi256_ps(v[1]);
+    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+    const __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+    return _mm256_add_epi32(even, odd);
+}
 QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
     if (lanes == 8) {
         __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
@@ -184,10 +193,7 @@ QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
         __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
         return _mm256_permutevar8x32_epi32(a, order);
     }
-    const __m256 a = _mm256_castsi256_ps(v[0]), b = _mm256_castsi256_ps(v[1]);
-    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
-    const __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
-    return _mm256_permute4x64_epi64(_mm256_add_epi32(even, odd), 0xd8);
+    return _mm256_permute4x64_epi64(sum_pairs_loosely(v), 0xd8);
 }
 
 QZ_INLINE void transpose_f32(v_f32 *rows) {
@@ -383,9 +389,11 @@ static inline v_i32 f32_from_e4m3(v_f32 to[4], const uint8_t *codes) {
 }
 
 static inline v_i32 f32_from_scales_e4m3(v_f32 to[2], const uint8_t *codes, v_i32 most) {
-    const __m128i v = _mm_loadu_si128((const __m128i *)codes), none = _mm_setzero_si128();
-    to[0] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_unpacklo_epi8(none, v), 1));
-    to[1] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_unpackhi_epi8(none, v), 1));
+    const __m128i low = _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 2, -1, 3, -1, 6, -1, 7);
+    const __m128i high = _mm_setr_epi8(-1, 8, -1, 9, -1, 12, -1, 13, -1, 10, -1, 11, -1, 14, -1, 15);
+    const __m128i v = _mm_loadu_si128((const __m128i *)codes);
+    to[0] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_shuffle_epi8(v, low), 1));
+    to[1] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_shuffle_epi8(v, high), 1));
     return _mm256_zextsi128_si256(_mm_max_epu8(_mm256_castsi256_si128(most), v));
 }
 static inline int exceeds_7e(v_i32 most) {

@@ -130,6 +130,10 @@ QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
     return _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
 }
 
+#define QZ_LOOSE_PLACE(i) (i)
+static inline v_f32 loosen_f32(v_f32 v) { return v; }
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *v) { return sum_blocks(v, 2); }
+
 QZ_INLINE void transpose_f32(v_f32 *rows) {
     __m512 t[16];
     QZ_UNROLL

@@ -43,8 +43,13 @@ QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count)
 /* For each code below 16 what stands there in the table. */
 static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes);
 
-/* 16 codes of FP8 (E4M3) from 0 to 0x7e, as scales are, divided by 256; others are wrong. What it returns keeps the
- * largest codes that were seen, `most` before: exceeds_7e says whether there were others. */
+/* Sums in the order that costs least: block i of each QZ_LANES stands at QZ_LOOSE_PLACE(i). loosen_f32 goes there from
+ * the plain order, and back again. sum_pairs_loosely: sum_blocks of two vectors, but for the order. */
+static inline v_f32 loosen_f32(v_f32 v);
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *sums);
+
+/* 16 codes of FP8 (E4M3) from 0 to 0x7e, as scales are, divided by 256, in loose order; others are wrong. What it
+ * returns keeps the largest codes that were seen, `most` before: exceeds_7e says whether there were others. */
 static inline v_i32 f32_from_scales_e4m3(v_f32 to[16 / QZ_LANES], const uint8_t *codes, v_i32 most);
 static inline int exceeds_7e(v_i32 most);
 

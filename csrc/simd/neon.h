@@ -110,6 +110,10 @@ QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
     return vpaddq_s32(v[0], v[1]);
 }
 
+#define QZ_LOOSE_PLACE(i) (i)
+static inline v_f32 loosen_f32(v_f32 v) { return v; }
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *v) { return sum_blocks(v, 2); }
+
 QZ_INLINE void transpose_f32(v_f32 *rows) {
     float32x4x2_t a = vtrnq_f32(rows[0], rows[1]), b = vtrnq_f32(rows[2], rows[3]);
     rows[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
