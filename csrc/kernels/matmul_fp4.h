@@ -74,17 +74,19 @@ QZ_INLINE v_i32 scales_of_links_fp4(v_f32 to[QZ_FP4_VECTORS], const uint8_t *fro
     return most;
 }
 
-/* The chains of some whole panels for one row of x, whose first block is `first`, where scales stand side by side. What
- * it returns tells whether scales are odd: then the sums count for nothing. */
-QZ_INLINE int sum_whole_panels_fp4(float *to, const uint8_t *codes, const uint8_t *scales, const planes *x,
-                                   ptrdiff_t first, ptrdiff_t end, int block, int digits) {
+/* The chains of panels for one row of x, whose first block is `first`, where scales stand side by side; there are
+ * blocks for whole links of all chains. What it returns tells whether scales are odd: then the sums count for nothing.
+ */
+QZ_INLINE int sum_whole_links_fp4(float *to, const uint8_t *codes, const uint8_t *scales, const planes *x,
+                                  ptrdiff_t first, ptrdiff_t end, int block, int digits) {
     v_i32 most = set1_i32(0);
     for (; first < end; first += QZ_FP4_PANEL) {
         v_f32 chains[QZ_FP4_VECTORS];
         QZ_UNROLL
         for (int v = 0; v < QZ_FP4_VECTORS; v++) chains[v] = set1_f32(0.0f);
         __builtin_prefetch(scales + QZ_PREFETCH * 2 / block);
-        for (ptrdiff_t at = first; at < first + QZ_FP4_PANEL; at += QZ_FP4_CHAINS) {
+        const ptrdiff_t last = end - first < QZ_FP4_PANEL ? end : first + QZ_FP4_PANEL;
+        for (ptrdiff_t at = first; at < last; at += QZ_FP4_CHAINS) {
             v_f32 s[QZ_FP4_VECTORS];
             most = scales_of_links_fp4(s, scales, most, block);
             prefetch_fp4(codes, QZ_FP4_CHAINS * block / 2);
@@ -102,11 +104,11 @@ QZ_INLINE int sum_whole_panels_fp4(float *to, const uint8_t *codes, const uint8_
     return block < 32 && exceeds_7e(most);
 }
 
-/* The chains of `blocks` blocks, a panel or what there is of it. */
+/* The chains of `blocks` blocks: a panel, or the end of one. */
 QZ_INLINE void sum_panel_fp4(float *to, const uint8_t *codes, const float *scales, const planes *x, ptrdiff_t first,
                              ptrdiff_t blocks, int block, int digits) {
     _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2];
-    memset(to, 0, QZ_FP4_CHAINS * sizeof *to);
+    if (first % QZ_FP4_PANEL == 0) memset(to, 0, QZ_FP4_CHAINS * sizeof *to);
     for (ptrdiff_t at = 0; at < blocks; at += QZ_LANES) {
         const uint8_t *some = chunk_fp4(copy, codes + at * (block / 2), blocks - at, block);
         float *chain = to + at % QZ_FP4_CHAINS;
@@ -133,13 +135,14 @@ QZ_INLINE void sum_panel_of_rows_fp4(float *to, ptrdiff_t pitch, const uint8_t *
     }
 }
 
-/* Weight row r, blocks [begin, end), for all rows of x. */
+/* Weight row r, blocks [begin, end), for all rows of x. begin: a panel's, or after whole links of all chains. */
 QZ_INLINE void sum_row_fp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, const char *stored,
                            const uint8_t *codes, ptrdiff_t begin, ptrdiff_t end, int block, int digits) {
     const ptrdiff_t stride = job->scales.scale_group_stride;
     _Alignas(64) float scales[QZ_FP4_PANEL];
-    for (; begin < end; begin += QZ_FP4_PANEL) {
-        const ptrdiff_t left = end - begin, blocks = left < QZ_FP4_PANEL ? left : QZ_FP4_PANEL;
+    while (begin < end) {
+        const ptrdiff_t left = end - begin, room = QZ_FP4_PANEL - begin % QZ_FP4_PANEL;
+        const ptrdiff_t blocks = left < room ? left : room;
         __builtin_prefetch(stored + QZ_PREFETCH * 2 / block);
         load_scales_fp4(scales, stored, stride, blocks, block);
         if (job->m == 1) {
@@ -148,22 +151,23 @@ QZ_INLINE void sum_row_fp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job,
         } else {
             sum_panel_of_rows_fp4(to, pitch, codes, scales, job, begin, blocks, block, digits);
         }
-        codes += QZ_FP4_PANEL * block / 2;
-        stored += QZ_FP4_PANEL * stride;
+        begin += blocks;
+        codes += blocks * (block / 2);
+        stored += blocks * stride;
         to += QZ_FP4_CHAINS;
     }
 }
 
-/* The same; first the whole panels in the fast way, if there is one. */
+/* The same; first what can be done in the fast way. */
 QZ_INLINE void sum_row_or_fast_fp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin,
                                    ptrdiff_t end, int block, int digits) {
     const qz_scales *from = &job->scales;
     const char *stored = from->scales + r * from->scale_row_stride + begin * from->scale_group_stride;
     const uint8_t *codes = job->w + r * job->w_row_stride + begin * (block / 2);
     if (job->m == 1 && from->scale_group_stride == 1) {
-        const ptrdiff_t whole = (end - begin) / QZ_FP4_PANEL * QZ_FP4_PANEL;
+        const ptrdiff_t whole = (end - begin) / QZ_FP4_CHAINS * QZ_FP4_CHAINS;
         const planes x = planes_at(job->x, job->columns, block, digits);
-        if (!sum_whole_panels_fp4(to, codes, (const uint8_t *)stored, &x, begin, begin + whole, block, digits)) {
+        if (!sum_whole_links_fp4(to, codes, (const uint8_t *)stored, &x, begin, begin + whole, block, digits)) {
             begin += whole;
             stored += whole;
             codes += whole * (block / 2);
