@@ -42,6 +42,7 @@ QZ_INLINE v_f32 link_fp4(v_f32 chains, const uint8_t *codes, int is_packed, v_f3
                          int block, int digits) {
     v_i32 dots[2];
     dot_chunk(dots, codes, is_packed, x->digits + at * block * digits, QZ_FP4, block, digits);
+    if (digits == 1 && block < 32) scales = mul_f32(scales, set1_f32(QZ_GREATER_FP4(block)));
     return chain_fp4(chains, dots[0], load_i32(x->offset + at), scales, load_f32(x->scale + at));
 }
 

@@ -47,7 +47,8 @@ QZ_INLINE v_u8 as_multiplied(v_u8 codes, int bits) { return bits == QZ_FP4 ? loo
 #define QZ_IS_LOOSE(bits, block) ((bits) == QZ_FP4 && (block) < 32)
 #define QZ_BLOCK_PLACE(i, bits, block) (QZ_IS_LOOSE(bits, block) ? QZ_LOOSE_PLACE(i) : (i))
 
-/* The numbers of E4M3 that are nvfp4's scales come divided by 256 (f32_from_e4m3): 2^e makes up for it. */
+/* The numbers of E4M3 that are nvfp4's scales come divided by 256 (f32_from_e4m3): 2^e makes up for it, but where p =
+ * 7, since 2^e may then be as much as 2^122. */
 #define QZ_GREATER_FP4(block) ((block) < 32 ? 256.0f : 1.0f)
 
 /* unpack_folded and unpack_in_order of such. Groups of 16 may end within the 32 codes that the latter reads. */
@@ -154,7 +155,7 @@ QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bi
             const ptrdiff_t b = QZ_BLOCK_PLACE(at / block, bits, block);
             if (!fixed_point(v, x + at, block, p, &to.scale[b])) return 0;
             int32_t sum = store_digits(ordered[0] + (at - begin), sizeof ordered[0], v, block, digits, &high);
-            to.scale[b] *= QZ_UNIT(bits) * (bits == QZ_FP4 ? QZ_GREATER_FP4(block) : 1.0f);
+            to.scale[b] *= QZ_UNIT(bits) * (bits == QZ_FP4 && digits > 1 ? QZ_GREATER_FP4(block) : 1.0f);
             to.sum[b] = (float)sum;
             set_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, wide);
         }
