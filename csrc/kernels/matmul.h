@@ -62,9 +62,11 @@ QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, cons
     for (int i = 0; i < steps; i++) {
         dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);
         QZ_HOLD(low[i]);
+        join_sums(low, i + 1, steps);
+        if (is_wide(bits, block, count)) join_sums(high, i + 1, steps);
     }
-    sums[0] = sum_blocks(low, steps);
-    if (is_wide(bits, block, count)) sums[1] = sum_blocks(high, steps);
+    sums[0] = low[0];
+    if (is_wide(bits, block, count)) sums[1] = high[0];
 }
 
 /* float(G) from the dots of stored codes and by what they exceed those of centred ones. In wide formats low is of the
@@ -82,12 +84,15 @@ typedef struct x_numbers {
 } x_numbers;
 
 QZ_INLINE x_numbers numbers_of_chunk(const planes *x, ptrdiff_t at) {
-    return (x_numbers){load_f32(x->scale + at), load_f32(x->sum + at), load_i32(x->offset + at),
-                       load_i32(x->offset_high + at)};
+    const chunk_numbers *numbers = numbers_at(x, at);
+    return (x_numbers){load_f32(numbers->scale), load_f32(numbers->sum), load_i32(numbers->offset),
+                       load_i32(numbers->offset_high)};
 }
 QZ_INLINE x_numbers numbers_of_block(const planes *x, ptrdiff_t at) {
-    return (x_numbers){set1_f32(x->scale[at]), set1_f32(x->sum[at]), set1_i32(x->offset[at]),
-                       set1_i32(x->offset_high[at])};
+    const chunk_numbers *numbers = numbers_at(x, at);
+    const int lane = lane_of(at);
+    return (x_numbers){set1_f32(numbers->scale[lane]), set1_f32(numbers->sum[lane]), set1_i32(numbers->offset[lane]),
+                       set1_i32(numbers->offset_high[lane])};
 }
 
 /* (Gf * s + (b + c s) * S) * 2^e, each operation rounded; without a bias, Gf * s * 2^e. */
@@ -158,34 +163,88 @@ QZ_INLINE void prefetch_chunk(const row_t *row, int bits, int block) {
 /* Terms wait here for their addition in order: of all rows of the tile, for as many blocks as fit. */
 enum { QZ_TERMS = QZ_DECODE_ROWS * QZ_LANES * QZ_TILE_ROWS };
 
-QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
-                           int single, int bits, int block, int per_group, int digits) {
+/* The last block from which on a vector of scales can be read in place; -1: there is none. */
+QZ_INLINE ptrdiff_t last_in_place(const qz_matmul_job *job, int block, int per_group) {
     const qz_scales *from = &job->scales;
     const int neighbours = are_neighbours(from->scale_group_stride, from->scale_type) &&
                            are_neighbours(from->bias_group_stride, from->bias_type);
-    const ptrdiff_t groups = group_of(QZ_LANES, per_group), first = group_of(begin, per_group);
-    const ptrdiff_t last = neighbours ? job->columns / block - QZ_LANES * per_group : -1; /* to be read in place */
+    return neighbours ? job->columns / block - QZ_LANES * per_group : -1;
+}
+
+QZ_INLINE row_t row_of(const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin, int bits, int block, int per_group) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t first = group_of(begin, per_group);
+    return (row_t){job->w + r * job->w_row_stride + begin * block * QZ_STORED_BITS(bits) / 8,
+                   from->scales + r * from->scale_row_stride + first * from->scale_group_stride,
+                   from->biases + r * from->bias_row_stride + first * from->bias_group_stride};
+}
+
+/* To the next chunk; strides are those of the scales and of the biases. */
+QZ_INLINE void move_on(row_t *row, ptrdiff_t scale_stride, ptrdiff_t bias_stride, int bits, int block, int per_group) {
+    const ptrdiff_t groups = group_of(QZ_LANES, per_group);
+    row->w += QZ_LANES * block * QZ_STORED_BITS(bits) / 8;
+    row->scales += groups * scale_stride;
+    row->biases += groups * bias_stride;
+}
+
+/* All chunks from `begin` on; the scales of those after block `last` are copied. */
+QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
+                           ptrdiff_t last, int single, int bits, int block, int per_group, int digits) {
+    const qz_scales *from = &job->scales;
     for (ptrdiff_t r = 0; r < job->rows; r++) {
-        row_t next = {job->w + r * job->w_row_stride + begin * block * QZ_STORED_BITS(bits) / 8,
-                      from->scales + r * from->scale_row_stride + first * from->scale_group_stride,
-                      from->biases + r * from->bias_row_stride + first * from->bias_group_stride};
+        row_t next = row_of(job, r, begin, bits, block, per_group);
         for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
             row_t row = next;
             float numbers[2][QZ_LANES];
             qz_type types[2] = {from->scale_type, from->bias_type};
-            next.w += QZ_LANES * block * QZ_STORED_BITS(bits) / 8;
-            next.scales += groups * from->scale_group_stride;
-            next.biases += groups * from->bias_group_stride;
+            move_on(&next, from->scale_group_stride, from->bias_group_stride, bits, block, per_group);
             if (i <= last) {
                 prefetch_chunk(&row, bits, block);
             } else {
-                copy_scales(numbers, &row, from, groups, bits);
+                copy_scales(numbers, &row, from, group_of(QZ_LANES, per_group), bits);
                 types[0] = types[1] = QZ_F32;
             }
             chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, single, bits, block,
                         per_group, digits);
         }
     }
+}
+
+/* Chunks whose scales and biases are of one type and read in place, for one row of x. */
+QZ_INLINE void typed_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
+                           qz_type type, int bits, int block, int per_group, int digits) {
+    const qz_type types[2] = {type, type};
+    const ptrdiff_t size = type == QZ_F32 ? 4 : type == QZ_F16 || type == QZ_BF16 ? 2 : 1;
+    for (ptrdiff_t r = 0; r < job->rows; r++) {
+        row_t row = row_of(job, r, begin, bits, block, per_group);
+        for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
+            QZ_ASSUME(i % QZ_LANES == 0);
+            prefetch_chunk(&row, bits, block);
+            chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, 1, bits, block,
+                        per_group, digits);
+            move_on(&row, size, size, bits, block, per_group);
+        }
+    }
+}
+
+/* panel_terms for one row of x: a loop for each type of scales, since asking for it at every chunk takes as long as a
+ * tenth of the dots. */
+QZ_INLINE void panel_of_one(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
+                            ptrdiff_t last, int bits, int block, int per_group, int digits) {
+    const qz_type type = job->scales.scale_type;
+    ptrdiff_t stop = begin;
+    if (last >= begin && type == job->scales.bias_type) stop += (last - begin) / QZ_LANES * QZ_LANES + QZ_LANES;
+    if (stop > end) stop = end;
+    if (!QZ_HAS_BIAS(bits)) {
+        typed_terms(terms, pitch, job, begin, stop, type, bits, block, per_group, digits);
+    } else if (type == QZ_BF16) {
+        typed_terms(terms, pitch, job, begin, stop, QZ_BF16, bits, block, per_group, digits);
+    } else if (type == QZ_F16) {
+        typed_terms(terms, pitch, job, begin, stop, QZ_F16, bits, block, per_group, digits);
+    } else {
+        typed_terms(terms, pitch, job, begin, stop, QZ_F32, bits, block, per_group, digits);
+    }
+    panel_terms(terms + (stop - begin), pitch, job, stop, end, -1, 1, bits, block, per_group, digits);
 }
 
 /* Lanes become weight rows, so that the terms of many outputs are added side by side, each in order of k. */
@@ -282,6 +341,7 @@ QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int di
     const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
     const ptrdiff_t blocks = job->columns / block / QZ_LANES * QZ_LANES;
     const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, pitch = blocks < fit ? blocks : fit;
+    const ptrdiff_t last = last_in_place(job, block, per_group);
     _Alignas(64) float terms[QZ_TERMS];
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     if (job->rows < QZ_TILE_ROWS && blocks > 0) memset(terms, 0, sizeof terms);
@@ -289,9 +349,9 @@ QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int di
         ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
         /* Two calls, since compilers would do what both share before they ask which, and keep the codes in memory. */
         if (job->m == 1) {
-            panel_terms(terms, pitch, job, begin, end, 1, bits, block, per_group, digits);
+            panel_of_one(terms, pitch, job, begin, end, last, bits, block, per_group, digits);
         } else {
-            panel_terms(terms, pitch, job, begin, end, 0, bits, block, per_group, digits);
+            panel_terms(terms, pitch, job, begin, end, last, 0, bits, block, per_group, digits);
         }
         for (ptrdiff_t m = 0; m < job->m; m++) {
             add_terms_in_order(job->y + m * job->y_stride, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);

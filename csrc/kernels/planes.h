@@ -2,8 +2,8 @@
  *
  * The kernels take codes in steps: of as many vectors as one vector of packed bytes unfolds to (unpack_folded), or of
  * as many such as fill a block. A prepared row holds, for every step and digit, lowest first, the digits in the order
- * of the step's codes; then four numbers per block (see below). It has room for a multiple of QZ_LANES blocks, which
- * are whole steps: the last step may reach beyond k, where digits are zero and sums are left alone. */
+ * of the step's codes; then the numbers of the blocks. It has room for a multiple of QZ_LANES blocks, which are whole
+ * steps: the last step may reach beyond k, where digits are zero and sums are left alone. */
 
 #define QZ_VECTOR_BYTES (4 * QZ_LANES)
 
@@ -13,30 +13,43 @@
 #define QZ_UNITS(bits, block) (QZ_STEP(bits, block) / QZ_VECTOR_BYTES)
 enum { QZ_MAX_UNITS = 4 };
 
+/* Of QZ_LANES blocks, side by side, so that one pointer serves all that is loaded of them. */
+typedef struct chunk_numbers {
+    float scale[QZ_LANES];         /* 2^e */
+    float sum[QZ_LANES];           /* S = sum of v, as float */
+    int32_t offset[QZ_LANES];      /* by what the dot of stored codes exceeds that of centred ones: (c - zero) * S */
+    int32_t offset_high[QZ_LANES]; /* wide formats: the share of the top digits in it, and offset holds the rest */
+} chunk_numbers;
+
 typedef struct planes {
     int8_t *digits;
-    float *scale;         /* 2^e */
-    float *sum;           /* S = sum of v, as float */
-    int32_t *offset;      /* by what the dot of the stored codes exceeds that of the centred ones: (c - zero) * S */
-    int32_t *offset_high; /* wide formats: the share of the top digits in it, and offset holds the rest */
+    chunk_numbers *numbers;
 } planes;
 
 QZ_INLINE ptrdiff_t padded_blocks(ptrdiff_t k, int block) { return (k / block + QZ_LANES - 1) / QZ_LANES * QZ_LANES; }
 
 QZ_INLINE size_t planes_size(ptrdiff_t k, int block, int digits) {
     size_t blocks = (size_t)padded_blocks(k, block);
-    return (blocks * (size_t)(block * digits) + blocks * 16 + 63) / 64 * 64;
+    return (blocks * (size_t)(block * digits) + blocks / QZ_LANES * sizeof(chunk_numbers) + 63) / 64 * 64;
 }
 
 QZ_INLINE planes planes_at(const char *prepared, ptrdiff_t k, int block, int digits) {
     ptrdiff_t blocks = padded_blocks(k, block);
-    planes p;
-    p.digits = (int8_t *)prepared;
-    p.scale = (float *)(prepared + blocks * block * digits);
-    p.sum = p.scale + blocks;
-    p.offset = (int32_t *)(p.sum + blocks);
-    p.offset_high = p.offset + blocks;
-    return p;
+    return (planes){(int8_t *)prepared, (chunk_numbers *)(prepared + blocks * block * digits)};
+}
+
+/* The numbers in which a block's stand, in lane lane_of(block). */
+QZ_INLINE chunk_numbers *numbers_at(const planes *p, ptrdiff_t block) { return p->numbers + (size_t)block / QZ_LANES; }
+QZ_INLINE int lane_of(ptrdiff_t block) { return (int)((size_t)block % QZ_LANES); }
+
+QZ_INLINE void set_numbers(const planes *p, ptrdiff_t block, float scale, int32_t sum, int32_t offset,
+                           int32_t offset_high) {
+    chunk_numbers *numbers = numbers_at(p, block);
+    const int lane = lane_of(block);
+    numbers->scale[lane] = scale;
+    numbers->sum[lane] = (float)sum;
+    numbers->offset[lane] = offset;
+    numbers->offset_high[lane] = offset_high;
 }
 
 /* Codes as they multiply: FP4's are looked up. */
@@ -132,13 +145,12 @@ QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bi
         int8_t ordered[QZ_MAX_DIGITS][4 * QZ_VECTOR_BYTES < QZ_MAX_BLOCK ? QZ_MAX_BLOCK : 4 * QZ_VECTOR_BYTES];
         if (k - begin < step) memset(ordered, 0, sizeof ordered);
         for (ptrdiff_t at = begin; at < k && at < begin + step; at += block) {
-            int32_t v[QZ_MAX_BLOCK], high;
-            const ptrdiff_t b = at / block;
-            if (!fixed_point(v, x + at, block, p, &to.scale[b])) return 0;
+            int32_t v[QZ_MAX_BLOCK], high, offset, offset_high;
+            float scale;
+            if (!fixed_point(v, x + at, block, p, &scale)) return 0;
             int32_t sum = store_digits(ordered[0] + (at - begin), sizeof ordered[0], v, block, digits, &high);
-            to.scale[b] *= QZ_UNIT(bits);
-            to.sum[b] = (float)sum;
-            set_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, wide);
+            set_offsets(&offset, &offset_high, sum, high, bits, wide);
+            set_numbers(&to, at / block, scale * QZ_UNIT(bits), sum, offset, offset_high);
         }
         for (int d = 0; d < digits; d++) fold_bytes(to.digits + begin * digits + d * step, ordered[d], step, fold);
     }

@@ -99,16 +99,19 @@ QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t 
  * the block are `x` at `at`. */
 QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, const panel_t *panel, int b,
                               const planes *x, ptrdiff_t at, int bits, int digits, int wide) {
+    const chunk_numbers *numbers = numbers_at(x, at);
+    const int lane = lane_of(at);
     QZ_UNROLL
     for (int v = 0; v < QZ_TILE_VECTORS; v++) {
         v_i32 sum = low[v];
         if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess[b] + v * QZ_LANES));
-        v_f32 dot = float_of_dots(sum, high + v, set1_i32(x->offset[at]), set1_i32(x->offset_high[at]), wide);
+        v_f32 dot =
+            float_of_dots(sum, high + v, set1_i32(numbers->offset[lane]), set1_i32(numbers->offset_high[lane]), wide);
         v_f32 term = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
         if (QZ_HAS_BIAS(bits)) {
-            term = add_f32(term, mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(x->sum[at])));
+            term = add_f32(term, mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(numbers->sum[lane])));
         }
-        term = mul_f32(term, set1_f32(x->scale[at]));
+        term = mul_f32(term, set1_f32(numbers->scale[lane]));
         store_f32(y + v * QZ_LANES, add_f32(load_f32(y + v * QZ_LANES), term));
     }
 }
@@ -162,12 +165,12 @@ QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bi
     const int bytes = strip_bytes(bits, digits);
     planes to = planes_at(prepared, k, block, bytes);
     for (ptrdiff_t b = 0; b < k / block; b++) {
-        int32_t v[QZ_MAX_BLOCK], high;
-        if (!fixed_point(v, x + b * block, block, p, &to.scale[b])) return 0;
+        int32_t v[QZ_MAX_BLOCK], high, offset, offset_high;
+        float scale;
+        if (!fixed_point(v, x + b * block, block, p, &scale)) return 0;
         const int32_t sum = store_strip(to.digits + b * block * bytes, v, block, bits, digits, wide, &high);
-        to.scale[b] *= QZ_UNIT(bits);
-        to.sum[b] = (float)sum;
-        set_strip_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, digits, wide);
+        set_strip_offsets(&offset, &offset_high, sum, high, bits, digits, wide);
+        set_numbers(&to, b, scale * QZ_UNIT(bits), sum, offset, offset_high);
     }
     return 1;
 }

@@ -17,6 +17,7 @@ typedef __m256i v_u8;
 
 #define QZ_HOLD(v) __asm__ volatile("" : "+x"(v))
 #define QZ_DOT_FACTOR 256
+#define QZ_JOINS_EARLY
 #include "dot.h"
 
 static inline v_f32 load_f32(const float *from) { return _mm256_loadu_ps(from); }
@@ -173,18 +174,33 @@ static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
 static inline v_i32 add_pairs_64(v_i32 a, v_i32 b) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
-QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+QZ_INLINE void join_sums(v_i32 *v, int done, int lanes) {
+    if (lanes > 2 && done % 2 == 0) {
+        v[done - 2] = add_pairs_32(v[done - 2], v[done - 1]);
+        QZ_HOLD(v[done - 2]);
+    }
+    if (lanes > 2 && done % 4 == 0) {
+        v[done - 4] = add_pairs_64(v[done - 4], v[done - 2]);
+        QZ_HOLD(v[done - 4]);
+    }
+    if (done < lanes) return;
     if (lanes == 8) {
-        __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
-        __m256i b = add_pairs_64(add_pairs_32(v[4], v[5]), add_pairs_32(v[6], v[7]));
-        return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+        v[0] =
+            _mm256_add_epi32(_mm256_permute2x128_si256(v[0], v[4], 0x20), _mm256_permute2x128_si256(v[0], v[4], 0x31));
+    } else if (lanes == 4) {
+        v[0] = _mm256_permutevar8x32_epi32(v[0], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    } else {
+        v[0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(v[0], v[1]), 0xd8);
     }
-    if (lanes == 4) {
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
-        return _mm256_permutevar8x32_epi32(a, order);
+}
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    v_i32 sums[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < lanes; i++) {
+        sums[i] = v[i];
+        join_sums(sums, i + 1, lanes);
     }
-    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(v[0], v[1]), 0xd8);
+    return sums[0];
 }
 
 QZ_INLINE void transpose_f32(v_f32 *rows) {

@@ -47,6 +47,15 @@ static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes);
  * QZ_LANES blocks, in order, modulo 2^32. lanes is a power of two up to QZ_LANES. */
 QZ_INLINE v_i32 sum_blocks(const v_i32 *sums, int lanes);
 
+/* sum_blocks in steps, one after each sums[done - 1]; after the last, the result is sums[0]. A header with few
+ * registers joins sums as they come, and defines QZ_JOINS_EARLY. */
+QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes);
+#ifndef QZ_JOINS_EARLY
+QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes) {
+    if (done == lanes) sums[0] = sum_blocks(sums, lanes);
+}
+#endif
+
 /* Rows become columns: QZ_LANES vectors, in place. */
 QZ_INLINE void transpose_f32(v_f32 *rows);
 
