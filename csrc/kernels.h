@@ -52,12 +52,12 @@ typedef struct qz_matmul_job {
     ptrdiff_t w_row_stride;
     qz_scales scales; /* of the first packed row */
     ptrdiff_t group_size;
-    ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_TILE_ROWS or QZ_PREFILL_ROWS; _n: k, all of them */
+    ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_PREFILL_ROWS; _n: k, all of them */
     ptrdiff_t columns;  /* _t: k, all of them; _n: outputs of this tile, whole groups */
     const char *x;      /* M rows: _t, as prepare_x left them; _n, float32 */
     ptrdiff_t x_stride; /* bytes from row to row */
     ptrdiff_t m;
-    float *y; /* [m][y_stride]: set, not added to; y_stride is the largest tile's outputs */
+    float *y; /* [m][y_stride]: set, not added to; y_stride is the largest tile's outputs, a multiple of QZ_TILE_ROWS */
     ptrdiff_t y_stride;
 } qz_matmul_job;
 

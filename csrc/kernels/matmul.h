@@ -343,7 +343,7 @@ QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int di
     const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, pitch = blocks < fit ? blocks : fit;
     const ptrdiff_t last = last_in_place(job, block, per_group);
     _Alignas(64) float terms[QZ_TERMS];
-    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
+    for (ptrdiff_t m = 0; m < job->m; m++) memset(job->y + m * job->y_stride, 0, QZ_TILE_ROWS * sizeof *job->y);
     if (job->rows < QZ_TILE_ROWS && blocks > 0) memset(terms, 0, sizeof terms);
     for (ptrdiff_t begin = 0; begin < blocks; begin += pitch) {
         ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
@@ -361,10 +361,23 @@ QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int di
         planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
         add_last_blocks(job->y + m * job->y_stride, job, &x, blocks, bits, block, per_group, digits);
     }
-    make_nan_canonical(job->y, job->m * job->y_stride);
+    for (ptrdiff_t m = 0; m < job->m; m++) make_nan_canonical(job->y + m * job->y_stride, QZ_TILE_ROWS);
+}
+
+/* QZ_TILE_ROWS outputs of a job, from weight row r on. */
+QZ_INLINE qz_matmul_job tile_of_job(const qz_matmul_job *job, ptrdiff_t r) {
+    qz_matmul_job tile = *job;
+    tile.w += r * job->w_row_stride;
+    tile.scales.scales += r * job->scales.scale_row_stride;
+    tile.scales.biases += r * job->scales.bias_row_stride;
+    tile.rows = job->rows - r < QZ_TILE_ROWS ? job->rows - r : QZ_TILE_ROWS;
+    tile.y += r;
+    return tile;
 }
 
 QZ_INLINE void decode_t(const qz_matmul_job *job, int bits, int block, int digits) {
-    const qz_matmul_job copy = *job; /* of which compilers see that no store changes it: saves 8 % where M is 1 */
-    decode_rows(&copy, bits, block, digits);
+    for (ptrdiff_t r = 0; r < job->rows; r += QZ_TILE_ROWS) {
+        const qz_matmul_job tile = tile_of_job(job, r); /* which no store changes, as compilers see: 8 % where M is 1 */
+        decode_rows(&tile, bits, block, digits);
+    }
 }

@@ -171,12 +171,14 @@ QZ_INLINE void decode_rows_fp8(const qz_matmul_job *job) {
 
 static void QZ_NAME(decode_t_fp8)(const qz_matmul_job *job) {
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
-    for (ptrdiff_t m = 0; m < job->m; m += QZ_FP8_SHARING) {
-        qz_matmul_job some = *job;
-        some.x += m * job->x_stride;
-        some.y += m * job->y_stride;
-        some.m = job->m - m < QZ_FP8_SHARING ? job->m - m : QZ_FP8_SHARING;
-        decode_rows_fp8(&some);
+    for (ptrdiff_t r = 0; r < job->rows; r += QZ_TILE_ROWS) {
+        for (ptrdiff_t m = 0; m < job->m; m += QZ_FP8_SHARING) {
+            qz_matmul_job some = tile_of_job(job, r);
+            some.x += m * job->x_stride;
+            some.y += m * job->y_stride;
+            some.m = job->m - m < QZ_FP8_SHARING ? job->m - m : QZ_FP8_SHARING;
+            decode_rows_fp8(&some);
+        }
     }
     make_nan_canonical(job->y, job->m * job->y_stride);
 }
