@@ -24,14 +24,9 @@ QZ_INLINE v_f32 load_block_scales(const char *from, qz_type type, int per_group,
     return per_group == 1 ? v : double_lanes(v);
 }
 
-/* The integer sums of one step, in one vector for each class of digits: low of all digits together, or, in wide
- * formats, of the low two, and high of the top one. Where the step holds several blocks, each has some neighbouring
- * lanes. Codes come packed, or as unpack_chunk left them. */
-QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_packed, const int8_t *digits, int bits,
-                        int block, int count) {
-    const int fold = QZ_FOLD(QZ_STORED_BITS(bits)), wide = is_wide(bits, block, count), step = QZ_STEP(bits, block),
-              units = QZ_UNITS(bits, block);
-    v_u8 code[QZ_MAX_UNITS];
+/* Codes of one step, which come packed, or as unpack_chunk left them. */
+QZ_INLINE void codes_of_step(v_u8 code[QZ_MAX_UNITS], const uint8_t *from, int is_packed, int bits, int block) {
+    const int fold = QZ_FOLD(QZ_STORED_BITS(bits)), units = QZ_UNITS(bits, block);
     QZ_UNROLL
     for (int u = 0; u < units; u += fold) {
         const int place = u * QZ_VECTOR_BYTES;
@@ -39,6 +34,16 @@ QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_pac
         QZ_UNROLL
         for (int f = 0; f < fold && !is_packed; f++) code[u + f] = load_u8(from + place + f * QZ_VECTOR_BYTES);
     }
+}
+
+/* The integer sums of one step, in one vector for each class of digits: low of all digits together, or, in wide
+ * formats, of the low two, and high of the top one. Where the step holds several blocks, each has some neighbouring
+ * lanes. */
+QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_packed, const int8_t *digits, int bits,
+                        int block, int count) {
+    const int wide = is_wide(bits, block, count), step = QZ_STEP(bits, block), units = QZ_UNITS(bits, block);
+    v_u8 code[QZ_MAX_UNITS];
+    codes_of_step(code, from, is_packed, bits, block);
     *low = set1_i32(0);
     *high = set1_i32(0);
     if (wide) *high = dot4_units(*high, code, digits + 2 * step, units, QZ_DOT_BITS(bits), 1);
@@ -51,6 +56,23 @@ QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_pac
     }
 }
 
+#ifdef QZ_NARROW
+/* dot_chunk for one digit, where a step is a block. */
+QZ_INLINE v_i32 dot_chunk_narrow(const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block) {
+    const int size = is_packed ? block * QZ_STORED_BITS(bits) / 8 : block;
+    v_i32 sums[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i++) {
+        v_u8 code[QZ_MAX_UNITS];
+        codes_of_step(code, from + i * size, is_packed, bits, block);
+        sums[i] = dot_narrow(code, digits + i * block, QZ_UNITS(bits, block));
+        QZ_HOLD(sums[i]);
+        join_narrow(sums, i + 1);
+    }
+    return sums[0];
+}
+#endif
+
 /* The integer sums of QZ_LANES blocks, one a lane: sums[0] and, in wide formats, sums[1] are low and high of their
  * steps. */
 QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
@@ -58,6 +80,12 @@ QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, cons
     const int step = QZ_STEP(bits, block), steps = QZ_LANES * block / step,
               size = is_packed ? step * QZ_STORED_BITS(bits) / 8 : step;
     v_i32 low[QZ_LANES], high[QZ_LANES];
+#ifdef QZ_NARROW
+    if (count == 1 && step == block && QZ_NARROW(QZ_DOT_BITS(bits), QZ_UNITS(bits, block))) {
+        sums[0] = dot_chunk_narrow(from, is_packed, digits, bits, block);
+        return;
+    }
+#endif
     QZ_UNROLL
     for (int i = 0; i < steps; i++) {
         dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);

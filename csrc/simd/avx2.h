@@ -174,6 +174,9 @@ static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
 static inline v_i32 add_pairs_64(v_i32 a, v_i32 b) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
+static inline v_i32 add_halves(v_i32 a, v_i32 b) {
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
 QZ_INLINE void join_sums(v_i32 *v, int done, int lanes) {
     if (lanes > 2 && done % 2 == 0) {
         v[done - 2] = add_pairs_32(v[done - 2], v[done - 1]);
@@ -185,14 +188,39 @@ QZ_INLINE void join_sums(v_i32 *v, int done, int lanes) {
     }
     if (done < lanes) return;
     if (lanes == 8) {
-        v[0] =
-            _mm256_add_epi32(_mm256_permute2x128_si256(v[0], v[4], 0x20), _mm256_permute2x128_si256(v[0], v[4], 0x31));
+        v[0] = add_halves(v[0], v[4]);
     } else if (lanes == 4) {
         v[0] = _mm256_permutevar8x32_epi32(v[0], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     } else {
         v[0] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(v[0], v[1]), 0xd8);
     }
 }
+/* One digit: sums of a block may stay int16 until four blocks are joined, if so many units fit. dot_narrow is
+ * dot4_units before it widens, and join_narrow joins such sums of eight blocks as join_sums does. */
+#define QZ_NARROW(bits, units) ((bits) < 8 && 4 * (units) <= QZ_UNITS_IN_I16(bits))
+QZ_INLINE v_i32 dot_narrow(const v_u8 *codes, const int8_t *digits, int units) {
+    __m256i sum = _mm256_maddubs_epi16(codes[0], load_u8(digits));
+    QZ_UNROLL
+    for (int i = 1; i < units; i++) {
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes[i], load_u8(digits + 32 * i)));
+    }
+    return sum;
+}
+QZ_INLINE void join_narrow(v_i32 *v, int done) {
+    if (done % 2 == 0) {
+        const __m256i a = v[done - 2], b = v[done - 1];
+        v[done - 2] = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        QZ_HOLD(v[done - 2]);
+    }
+    if (done % 4 == 0) {
+        const __m256i a = v[done - 4], b = v[done - 2];
+        const __m256i four = _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+        v[done - 4] = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
+        QZ_HOLD(v[done - 4]);
+    }
+    if (done == 8) v[0] = add_halves(v[0], v[4]);
+}
+
 QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
     v_i32 sums[QZ_LANES];
     QZ_UNROLL

@@ -66,7 +66,8 @@ static inline v_f32 double_lanes(v_f32 v);
  *
  * QZ_TILE_VECTORS, QZ_TILE_M   vectors of outputs, and rows of x, whose sums fit the registers
  *
- * A header may offer sums over int16 pairs, too, as avx2.h does: QZ_PAIRS. */
+ * A header may offer sums over int16 pairs, too, as avx2.h does: QZ_PAIRS. And where there is one digit, it may leave
+ * sums of blocks to int16, QZ_NARROW: avx2.h says how. */
 
 /* a[0] b[0] c[0] d[0] a[1] b[1] ...: four vectors of bytes. */
 static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d);
