@@ -263,8 +263,10 @@ QZ_INLINE void panel_of_one(float *terms, ptrdiff_t pitch, const qz_matmul_job *
     ptrdiff_t stop = begin;
     if (last >= begin && type == job->scales.bias_type) stop += (last - begin) / QZ_LANES * QZ_LANES + QZ_LANES;
     if (stop > end) stop = end;
-    if (!QZ_HAS_BIAS(bits)) {
-        typed_terms(terms, pitch, job, begin, stop, type, bits, block, per_group, digits);
+    if (!QZ_HAS_BIAS(bits) && type == QZ_E8M0) {
+        typed_terms(terms, pitch, job, begin, stop, QZ_E8M0, bits, block, per_group, digits);
+    } else if (!QZ_HAS_BIAS(bits)) {
+        typed_terms(terms, pitch, job, begin, stop, QZ_E4M3, bits, block, per_group, digits);
     } else if (type == QZ_BF16) {
         typed_terms(terms, pitch, job, begin, stop, QZ_BF16, bits, block, per_group, digits);
     } else if (type == QZ_F16) {
