@@ -93,11 +93,17 @@ def transform(x):
         h *= 2
     if outer == 1:
         return x.reshape(*lead, B)
-    x = x.reshape(*lead, outer, inner)
-    total = hadamard(outer)[:, :1].astype(x.dtype) * x[..., :1, :]
-    for t in range(1, outer):
-        total = total + hadamard(outer)[:, t : t + 1].astype(x.dtype) * x[..., t : t + 1, :]
-    return total.reshape(*lead, B)
+    # H_outer = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]: runs [p, m] after one more step of the butterflies
+    pairs = x.reshape(*lead, outer // 2, 2, inner)
+    a, b = pairs[..., 0, :], pairs[..., 1, :]
+    runs = np.stack([a + b, a - b], axis=-2)
+    c = hadamard(outer)[::2, ::2].astype(x.dtype)
+    rows = []
+    for i in range(outer // 2):
+        own = np.stack([runs[..., i, 1, :], -runs[..., i, 0, :]], axis=-2)
+        terms = [own if i == j else c[i, j] * runs[..., j, :, :] for j in range(outer // 2)]
+        rows.append(functools.reduce(np.add, terms))
+    return np.stack(rows, axis=-3).reshape(*lead, B)
 
 
 def in_blocks(x, B):
@@ -129,9 +135,11 @@ def chain_sum(products):
     return chains[..., 0]
 
 
-def code_of(z, codec, bits):
-    """How many boundaries lie strictly below z; 0 of NaN."""
+def code_of(z, codec, bits, unit=None):
+    """How many boundaries, times units [...] of vectors [..., B], lie strictly below z; 0 of NaN."""
     boundaries = codebook(codec, bits)[1].astype(z.dtype)
+    if unit is not None:
+        return sum((z > unit[..., None] * boundary).astype(np.uint8) for boundary in boundaries)
     return np.where(np.isnan(z), 0, np.searchsorted(boundaries, z, side="left")).astype(np.uint8)
 
 
@@ -209,20 +217,22 @@ def encode_2(x, bits=4, *, scale="unbiased", dtype=F64):
     x = np.asarray(x).astype(dtype)
     D = x.shape[-1]
     B = block_size(D)
-    v = transform(in_blocks(x * signs(D).astype(dtype), B))
-    root = np.sqrt(chain_sum(v * v))
-    zero = root == 0
-    with np.errstate(all="ignore"):
-        z = v * np.where(zero, 0, dtype(np.sqrt(B)) / root).astype(dtype)[..., None]
-    codes = code_of(z, 2, bits)
+    blocks = in_blocks(x, B)
+    squares = chain_sum(blocks * blocks)
+    norm = np.sqrt(squares)
+    v = transform(in_blocks(x * signs(D).astype(dtype), B))  # sqrt(B) norm z/|z|
+    codes = code_of(v, 2, bits, norm)
     c = codebook(2, bits)[0].astype(dtype)[codes]
-    rho = root / dtype(B)
+    root = dtype(np.sqrt(B))
     with np.errstate(all="ignore"):
+        z = v / norm[..., None]
         scales = {
-            "norm": lambda: rho,
-            "least_squares": lambda: rho * chain_sum(z * c) / chain_sum(c * c),
-            "unbiased": lambda: rho * dtype(B) / chain_sum(z * c),
+            "norm": lambda: norm / root,
+            "least_squares": lambda: chain_sum(v * c) / (root * chain_sum(c * c)),
+            "unbiased": lambda: squares * root / chain_sum(v * c),
         }[scale]()
+    zero = squares == 0
+    z = np.where(zero[..., None], 0, z).astype(dtype)
     return codes.reshape(x.shape), np.where(zero, 0, scales).astype(dtype), z.reshape(x.shape)
 
 

@@ -157,7 +157,7 @@ def test_fwht_is_its_definition(D, keywords, isa, rng):
 def depth(B):
     """Additions that an element passes through in the rotation of a block."""
     outer, inner = ref.factors(B)
-    return inner.bit_length() - 1 + outer - 1
+    return inner.bit_length() - 1 + outer // 2
 
 
 def gamma(n):
@@ -750,11 +750,12 @@ def test_definition_against_float64(D, bits, rng):
     """The definition in float32 beside exact arithmetic.
 
     Each element of the rotation sums B terms, each through `depth` additions: an error of at most g |x|_1 with
-    g = gamma(depth). Relative to |v|, which is sqrt(B) |x|_2, that is eta = g |x|_1/|x|_2 for the whole block. A sum of
+    g = gamma(depth). Relative to |x|_2, by which v is divided, that is eta = g |x|_1/|x|_2 for the whole block. A sum of
     B products in 16 chains errs by gamma(B/16 + 5) relative to the sum of magnitudes, its root by half of that and a
-    rounding. sqrt(B), the quotient and the product with v round once more each: z errs by
-    eta + |z| (eta + gamma(B/16 + 5)/2 + 4 u), and codes differ only so near to a boundary. Where codes agree, <z, c>
-    errs by gamma(B/16 + 5) sum |z c| + sum |c| error(z), <c, c> by gamma(B/16 + 5), and four more roundings follow.
+    rounding. The quotient v/|x|, or the product of |x| and a boundary, rounds once more: z errs by
+    eta + |z| (gamma(B/16 + 5)/2 + 3 u), and codes differ only so near to a boundary. Where codes agree, <v, c>/|x|_2
+    errs by gamma(B/16 + 5) sum |z c| + eta sum |c|, <c, c> by gamma(B/16 + 5), and four more roundings follow at most,
+    that of sqrt(B) being one.
     """
     x = normal(rng, 30, D)
     B = ref.block_size(D)
@@ -765,14 +766,14 @@ def test_definition_against_float64(D, bits, rng):
         codes, norms, z = ref.encode_2(x, bits, scale=scale, dtype=F32)
         exact_codes, exact_norms, exact_z = ref.encode_2(x, bits, scale=scale, dtype=F64)
         exact_z = ref.in_blocks(exact_z, B)
-        error = 1.001 * (eta + np.abs(exact_z) * (eta + sums / 2 + 4 * U))
+        error = 1.001 * (eta + np.abs(exact_z) * (sums / 2 + 3 * U))
         assert (np.abs(ref.in_blocks(z, B) - exact_z) <= error).all()
         different = ref.in_blocks(codes != exact_codes, B)
         assert (ref.distance(exact_z, 2, bits) <= error)[different].all()
         c = np.abs(ref.codebook(2, bits)[0].astype(F64)[ref.in_blocks(exact_codes, B)])
         dot = (c * np.abs(exact_z)).sum(-1)
-        of_dot = sums + (c * error).sum(-1) / dot
-        bound = eta[..., 0] + sums / 2 + 6 * U + (0 if scale == "norm" else of_dot + sums)
+        of_dot = sums + (c * eta).sum(-1) / dot
+        bound = 4 * U + (np.full_like(of_dot, sums / 2) if scale == "norm" else of_dot + sums)
         same = ~different.any(-1)
         assert same.any()
         assert (np.abs(norms / exact_norms - 1)[same] <= 1.001 * bound[same]).all()

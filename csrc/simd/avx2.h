@@ -466,6 +466,12 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
         pack_bits(packed, plain, bits, 32);
         return;
     }
+    if (bits == 4) {
+        const __m256i words = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(1 | 16 << 8));
+        const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+        _mm_storeu_si128((__m128i *)packed, _mm_packus_epi16(low, high));
+        return;
+    }
     const int empty = 32 - 4 * bits;
     const __m256i order = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed_bytes[bits]));
     __m256i v = _mm256_maddubs_epi16(codes, _mm256_set1_epi16((short)(1 | 1 << (8 + bits))));
@@ -490,12 +496,23 @@ static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     return _mm256_sub_epi32(counts, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }
 
+/* Tables of more than eight entries by halves, between which one bit of the index decides. */
+QZ_INLINE v_f32 choose_by_bit(v_f32 low, v_f32 high, v_i32 index, int bit) {
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 31 - bit)));
+}
+QZ_INLINE v_f32 look_up_16_f32(const float *table, v_i32 index) {
+    return choose_by_bit(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
+                         _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index), index, 3);
+}
+QZ_INLINE v_f32 look_up_32_f32(const float *table, v_i32 index) {
+    return choose_by_bit(look_up_16_f32(table, index), look_up_16_f32(table + 16, index), index, 4);
+}
 QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
-    if (bits > 4) return _mm256_i32gather_ps(table, index, 4);
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    if (bits < 4) return low;
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    if (bits == 3) return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    if (bits == 4) return look_up_16_f32(table, index);
+    if (bits == 5) return look_up_32_f32(table, index);
+    if (bits > 6) return _mm256_i32gather_ps(table, index, 4);
+    return choose_by_bit(look_up_32_f32(table, index), look_up_32_f32(table + 32, index), index, 5);
 }
 static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
     return _mm256_and_si256(_mm256_i32gather_epi32((const int *)(const void *)table, index, 1),

@@ -350,6 +350,11 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
         pack_bits(packed, plain, bits, 64);
         return;
     }
+    if (bits == 4) {
+        const __m512i words = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(1 | 16 << 8));
+        _mm256_storeu_si256((__m256i *)packed, _mm512_cvtepi16_epi8(words));
+        return;
+    }
     const int empty = 32 - 4 * bits;
     __m512i v = _mm512_maddubs_epi16(codes, _mm512_set1_epi16((short)(1 | 1 << (8 + bits))));
     v = _mm512_madd_epi16(v, _mm512_set1_epi32(1 | 1 << (16 + 2 * bits)));
@@ -369,6 +374,9 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
 }
 static inline float first_f32(v_f32 v) { return _mm_cvtss_f32(_mm512_castps512_ps128(v)); }
 
+/* VRANGEPS: the smaller magnitude (2) with the sign of the first operand. */
+static inline v_f32 clamp_f32(v_f32 v, v_f32 most) { return _mm512_range_ps(v, most, 2); }
+
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     const __mmask16 greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(counts, greater, counts, _mm512_set1_epi32(1));
@@ -377,8 +385,11 @@ static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
 QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
     const __m512 first = _mm512_loadu_ps(table);
     if (bits <= 4) return _mm512_permutexvar_ps(index, first);
-    if (bits == 5) return _mm512_permutex2var_ps(first, index, _mm512_loadu_ps(table + 16));
-    return _mm512_i32gather_ps(index, table, 4);
+    if (bits > 6) return _mm512_i32gather_ps(index, table, 4);
+    const __m512 low = _mm512_permutex2var_ps(first, index, _mm512_loadu_ps(table + 16));
+    if (bits == 5) return low;
+    const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32), index, _mm512_loadu_ps(table + 48));
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high);
 }
 static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
     return _mm512_and_si512(_mm512_i32gather_epi32(index, table, 1), _mm512_set1_epi32(0xff));

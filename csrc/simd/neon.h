@@ -284,6 +284,10 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
         return;
     }
     uint16x8_t twos = vreinterpretq_u16_u8(codes);
+    if (bits == 4) {
+        vst1_u8(packed, vmovn_u16(vsraq_n_u16(twos, twos, 4)));
+        return;
+    }
     twos = vmlaq_n_u16(vandq_u16(twos, vdupq_n_u16(0xff)), vshrq_n_u16(twos, 8), (uint16_t)(1 << bits));
     uint32x4_t fours = vreinterpretq_u32_u16(twos);
     fours = vmlaq_n_u32(vandq_u32(fours, vdupq_n_u32(0xffff)), vshrq_n_u32(fours, 16), 1u << 2 * bits);
@@ -304,16 +308,23 @@ static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     return vsubq_s32(counts, vreinterpretq_s32_u32(vcgtq_f32(a, b)));
 }
 
+/* TBX keeps what it is given where an index is beyond its 64 bytes. */
 QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
-    if (bits > 4) {
+    if (bits > 6) {
         int32_t at[4];
         vst1q_s32(at, index);
         const float found[4] = {table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
         return vld1q_f32(found);
     }
-    const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t *)table);
+    const uint8_t *bytes = (const uint8_t *)table;
     const uint32x4_t four = vmlaq_n_u32(vdupq_n_u32(0x03020100), vreinterpretq_u32_s32(index), 0x04040404);
-    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(four)));
+    const uint8x16_t at = vreinterpretq_u8_u32(four);
+    uint8x16_t found = vqtbl4q_u8(vld1q_u8_x4(bytes), at);
+    QZ_UNROLL
+    for (int i = 64; i < 4 << bits; i += 64) {
+        found = vqtbx4q_u8(found, vld1q_u8_x4(bytes + i), vsubq_u8(at, vdupq_n_u8((uint8_t)i)));
+    }
+    return vreinterpretq_f32_u8(found);
 }
 static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
     int32_t at[4];
