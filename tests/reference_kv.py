@@ -135,6 +135,35 @@ def chain_sum(products):
     return chains[..., 0]
 
 
+def fused(a, b, c):
+    """a b + c of float32, rounded once: by a float64 sum rounded to odd; of float64 as it is.
+
+    Products of float32 are exact in float64. Where the sum is not, its last bit is set, towards the error where it was
+    not: from 53 bits so rounded, those of float32 are what they are from the exact sum (S. Boldo and G. Melquiond,
+    Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd, 2008).
+    """
+    if a.dtype == F64:
+        return a * b + c
+    product, c = a.astype(F64) * b.astype(F64), c.astype(F64)
+    total = product + c
+    of_c = total - product
+    error = (product - (total - of_c)) + (c - of_c)
+    is_even = total.view(np.int64) & 1 == 0
+    odd = total.view(np.int64) + np.where((error > 0) == (total > 0), 1, -1)
+    return np.where((error != 0) & is_even, odd.view(F64), total).astype(F32)
+
+
+def chain_dot(a, b):
+    """Sum of products over the last axis as chain_sum's, but each product and sum rounded once."""
+    *lead, B = a.shape
+    size = -(-B // 16) * 16
+    padded = [np.concatenate([array, np.zeros((*lead, size - B), a.dtype)], axis=-1) for array in (a, b)]
+    chains = np.zeros((*lead, 16), a.dtype)
+    for step in range(0, size, 16):
+        chains = fused(*(array[..., step : step + 16] for array in padded), chains)
+    return chain_sum(chains)
+
+
 def code_of(z, codec, bits, unit=None):
     """How many boundaries, times units [...] of vectors [..., B], lie strictly below z; 0 of NaN."""
     boundaries = codebook(codec, bits)[1].astype(z.dtype)
@@ -218,7 +247,7 @@ def encode_2(x, bits=4, *, scale="unbiased", dtype=F64):
     D = x.shape[-1]
     B = block_size(D)
     blocks = in_blocks(x, B)
-    squares = chain_sum(blocks * blocks)
+    squares = chain_dot(blocks, blocks)
     norm = np.sqrt(squares)
     v = transform(in_blocks(x * signs(D).astype(dtype), B))  # sqrt(B) norm z/|z|
     codes = code_of(v, 2, bits, norm)
@@ -228,8 +257,8 @@ def encode_2(x, bits=4, *, scale="unbiased", dtype=F64):
         z = v / norm[..., None]
         scales = {
             "norm": lambda: norm / root,
-            "least_squares": lambda: chain_sum(v * c) / (root * chain_sum(c * c)),
-            "unbiased": lambda: squares * root / chain_sum(v * c),
+            "least_squares": lambda: chain_dot(v, c) / (root * chain_dot(c, c)),
+            "unbiased": lambda: squares * root / chain_dot(v, c),
         }[scale]()
     zero = squares == 0
     z = np.where(zero[..., None], 0, z).astype(dtype)

@@ -14,10 +14,18 @@ QZ_INLINE void clear_chains(chain_sums *sums) {
     for (int i = 0; i < QZ_CHAIN_VECTORS; i++) sums->v[i] = set1_f32(0.0f);
 }
 
-/* Of vector number `index` of a block. */
-QZ_INLINE void add_products(chain_sums *sums, int index, v_f32 a, v_f32 b) {
+/* Of vector number `index` of a block, with one rounding where fused. */
+QZ_INLINE void add_products(chain_sums *sums, int index, v_f32 a, v_f32 b, int fused) {
     v_f32 *chain = &sums->v[index % QZ_CHAIN_VECTORS];
-    *chain = add_f32(*chain, mul_f32(a, b));
+    if (!fused) {
+        *chain = add_f32(*chain, mul_f32(a, b));
+        return;
+    }
+#if QZ_FUSED
+    *chain = fused_f32(a, b, *chain);
+#else
+    for (int i = 0; i < QZ_LANES; i++) (*chain)[i] = fmaf(a[i], b[i], (*chain)[i]);
+#endif
 }
 
 QZ_INLINE void store_chains(float to[QZ_CHAINS], const chain_sums *sums) {
@@ -26,15 +34,16 @@ QZ_INLINE void store_chains(float to[QZ_CHAINS], const chain_sums *sums) {
 }
 
 /* The chains of squares of a block, whose size is a multiple of 8. */
-QZ_INLINE void store_square_chains(float to[QZ_CHAINS], const float *x, ptrdiff_t block) {
+QZ_INLINE void store_square_chains(float to[QZ_CHAINS], const float *x, ptrdiff_t block, int fused) {
     chain_sums sums;
     clear_chains(&sums);
     ptrdiff_t j = 0;
+    QZ_UNROLL_BY_4
     for (; j + QZ_CHAINS <= block; j += QZ_CHAINS) {
         QZ_UNROLL
         for (int i = 0; i < QZ_CHAIN_VECTORS; i++) {
             const v_f32 v = load_f32(x + j + i * QZ_LANES);
-            add_products(&sums, i, v, v);
+            add_products(&sums, i, v, v, fused);
         }
     }
     if (j < block) {
@@ -43,7 +52,7 @@ QZ_INLINE void store_square_chains(float to[QZ_CHAINS], const float *x, ptrdiff_
         QZ_UNROLL
         for (int i = 0; i < QZ_CHAIN_VECTORS; i++) {
             const v_f32 v = load_f32(rest + i * QZ_LANES);
-            add_products(&sums, i, v, v);
+            add_products(&sums, i, v, v, fused);
         }
     }
     store_chains(to, &sums);
@@ -59,10 +68,10 @@ QZ_INLINE void sum_chains(float sums[QZ_LANES], float *chains, ptrdiff_t count) 
 typedef struct codebook {
     const float *values, *boundaries;
     const uint8_t *grid;
-    float all_values[64]; /* up to 6 bits: the values, repeated where they are fewer than 16 */
-    float sizes[32];      /* up to 6 bits: those above 0, again and again */
-    float steps[64];      /* what elements are compared with: see open_steps */
-    int32_t bases[32];    /* 4 bits by bins: how many boundaries lie below each */
+    float all_values[64]; /* up to 6 bits; up to 3, repeated up to 16, as the next two are */
+    float sizes[32];      /* the values above 0 */
+    float steps[64];      /* the boundaries above 0, or all; or the one in each bin, */
+    int32_t bases[32];    /* and how many lie below the bin */
 } codebook;
 
 /* How boundaries are found, up to 6 bits: boundary k above 0 is so nearly a polynomial of k that `at_0` + |z| (linear +
@@ -91,27 +100,11 @@ static const place_of_element places_of_elements[7] = {
 
 #endif
 
-/* Bin k is the lower five bits of the integer next to 6 z, from -15 to 15. No two boundaries come to the same bin, and
- * none nearer than 0.04 to where bins meet: six times them is 0, 1.55, 3.13, 4.80, 6.60, 8.62, 11.06 and 14.40. */
-static inline void open_bins(codebook *book) {
-    for (int k = -16, below = 0; k < 16; k++) {
-        book->bases[k & 31] = below;
-        book->steps[k & 31] = qz_kv_boundaries_4[below];
-        below += 6.0f * qz_kv_boundaries_4[below] < (float)k + 0.5f;
-    }
-}
-
-/* The boundaries, all or those above 0, repeated up to 16 of them; or the one in each bin. */
-static inline void open_steps(codebook *book, int bits) {
-    const int half = 1 << (bits - 1);
-    if (QZ_TABLE_BITS == 5 && bits == 4) {
-        open_bins(book);
-        return;
-    }
-    for (int i = 0; i < 64; i++) {
-        book->steps[i] = book->boundaries[QZ_TABLE_BITS == 5 ? i & (2 * half - 1) : half + (i & (half - 1))];
-    }
-}
+/* How many of 15 boundaries lie below bin k: the lower five bits of the integer next to 6 z, from -15 to 15. No two
+ * boundaries come to the same bin, and none nearer than 0.04 to where bins meet: six times them is 0, 1.55, 3.13, 4.80,
+ * 6.60, 8.62, 11.06 and 14.40. */
+static const uint8_t below_bins[32] = {7, 8, 8, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 14, 15,
+                                       0, 0, 0, 1, 1,  1,  2,  2,  3,  3,  4,  4,  5,  5,  6,  7};
 
 static void open_codebook(codebook *book, int bits, int version) {
     static const struct {
@@ -129,14 +122,23 @@ static void open_codebook(codebook *book, int bits, int version) {
          [6] = {qz_kv_values_6, qz_kv_boundaries_6, NULL},
          [8] = {qz_kv_values_8, qz_kv_boundaries_8, qz_kv_grid_8}},
     };
-    const int half = 1 << (bits - 1);
+    const int all = 1 << bits, half = all / 2, first = QZ_TABLE_BITS == 5 ? 0 : half;
     book->values = books[version - 1][bits].values;
     book->boundaries = books[version - 1][bits].boundaries;
     book->grid = books[version - 1][bits].grid;
-    if (bits == 8) return;
-    for (int i = 0; i < 64; i++) book->all_values[i] = book->values[i & (2 * half - 1)];
-    for (int i = 0; i < 32; i++) book->sizes[i] = book->values[half + (i & (half - 1))];
-    open_steps(book, bits);
+    for (int i = 0; i < 16 && bits < 4; i++) {
+        book->all_values[i] = book->values[i & (all - 1)];
+        book->sizes[i] = book->values[half + (i & (half - 1))];
+        book->steps[i] = book->boundaries[first + (i & (all - first - 1))];
+    }
+    if (bits < 4 || bits == 8) return;
+    memcpy(book->all_values, book->values, (size_t)all * sizeof(float));
+    memcpy(book->sizes, book->values + half, (size_t)half * sizeof(float));
+    memcpy(book->steps, book->boundaries + first, (size_t)(all - first) * sizeof(float));
+    for (int k = 0; k < 32 && bits == 4 && QZ_TABLE_BITS == 5; k++) {
+        book->bases[k] = below_bins[k];
+        book->steps[k] = book->boundaries[below_bins[k]];
+    }
 }
 
 /* What elements v of a block are searched with: a code is the number of boundaries times `norm` below v. */
@@ -155,7 +157,9 @@ QZ_INLINE void open_search(search_scale *s, const codebook *book, float norm, fl
     s->inverse = inverse;
     QZ_UNROLL
     for (int i = 0; i < entries; i += QZ_LANES) {
-        store_f32(s->steps + i, mul_f32(load_f32(book->steps + i), set1_f32(norm)));
+        v_i32 steps = bits_of_f32(mul_f32(load_f32(book->steps + i), set1_f32(norm)));
+        if (QZ_TABLE_BITS < 5) steps = sub_i32(steps, set1_i32(1)); /* see search_sizes */
+        store_f32(s->steps + i, f32_of_bits(steps));
     }
 }
 
@@ -205,20 +209,20 @@ QZ_INLINE found_code search_elements(v_f32 v, const codebook *book, const search
 #endif
 
 /* By the size of v, with half of the table: one comparison is left. A tie counts for the outer side where v is
- * negative: as integers, |v| + 1 > b is then |v| >= b. Zeros belong to the codes below, as negative numbers do: seen as
- * integers, these are less than 1. Code half + k and its opposite, half - 1 - k, differ in all bits. */
+ * negative: as integers, |v| > b - 1 is then |v| >= b, and |v| - 1 > b - 1 is |v| > b. Zeros belong to the codes below,
+ * as negative numbers do. Code half + k and its opposite, half - 1 - k, differ in all bits. */
 QZ_INLINE found_code search_sizes(v_f32 v, const codebook *book, const search_scale *s, int bits) {
     const place_of_size *p = &places_of_sizes[bits];
     const int half = 1 << (bits - 1), table_bits = bits < 5 ? 3 : bits - 1;
-    const v_i32 size = and_i32(bits_of_f32(v), set1_i32(0x7fffffff)), below = greater_i32(set1_i32(1), bits_of_f32(v));
+    const v_i32 size = and_i32(bits_of_f32(v), set1_i32(0x7fffffff)), above = greater_i32(bits_of_f32(v), set1_i32(0));
     const v_f32 near = min_f32(f32_of_bits(size), set1_f32(p->most * s->norm));
     v_f32 slope = set1_f32(p->linear * s->inverse);
     if (bits > 4) slope = fma_f32(near, set1_f32(p->square * s->inverse * s->inverse), slope);
     const v_i32 place = i32_from_f32_truncate(fma_f32(near, slope, set1_f32(p->at_0)));
     const v_i32 step = bits_of_f32(look_up_f32(s->steps, place, table_bits));
-    const v_i32 k = sub_i32(place, greater_i32(sub_i32(size, below), step));
-    return (found_code){xor_i32(k, add_i32(below, set1_i32(half))), f32_of_bits(size),
-                        look_up_f32(book->sizes, k, table_bits)};
+    const v_i32 k = sub_i32(place, greater_i32(add_i32(size, above), step));
+    const v_i32 code = xor_i32(k, sub_i32(set1_i32(half - 1), above));
+    return (found_code){code, f32_of_bits(size), look_up_f32(book->sizes, k, table_bits)};
 }
 
 /* Of many: a grid of fine bins says how many boundaries lie below each, and holds no more than one within, which is no

@@ -24,14 +24,25 @@ typedef struct rotation_tables {
     _Alignas(64) float outer[QZ_MAX_RUNS][QZ_MAX_RUNS]; /* C, and 1 on the diagonal */
 } rotation_tables;
 
+static void open_flips(int32_t *flips, ptrdiff_t dimension) {
+    static const int32_t bits[16] = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                     1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    for (ptrdiff_t j = 0; j < dimension; j += QZ_LANES) {
+        int32_t word = qz_kv_signs[j / 8] >> j % 8;
+        if (QZ_LANES > 8) word |= qz_kv_signs[j / 8 + 1] << 8;
+        const v_i32 is_minus = greater_i32(and_i32(set1_i32(word), load_i32(bits)), set1_i32(0));
+        store_i32(flips + j, and_i32(is_minus, set1_i32(INT32_MIN)));
+    }
+}
+
 static void open_rotation(rotation_tables *tables, const qz_rotation *rotation) {
     const uint32_t *rows = rotation->order == 12   ? qz_kv_hadamard_12
                            : rotation->order == 20 ? qz_kv_hadamard_20
                                                    : qz_kv_hadamard_28;
-    if (!rotation->is_signed) memset(tables->flips, 0, (size_t)rotation->dimension * sizeof *tables->flips);
-    for (ptrdiff_t j = 0; rotation->is_signed && j < rotation->dimension; j += 8) {
-        const uint32_t byte = qz_kv_signs[j / 8];
-        for (int i = 0; i < 8; i++) tables->flips[j + i] = (int32_t)(byte << (31 - i) & 0x80000000u);
+    if (rotation->is_signed) {
+        open_flips(tables->flips, rotation->dimension);
+    } else {
+        memset(tables->flips, 0, (size_t)rotation->dimension * sizeof *tables->flips);
     }
     for (int i = 0; i < rotation->order / 2; i++) {
         for (int j = 0; j < rotation->order / 2; j++) tables->outer[i][j] = rows[2 * i] >> 2 * j & 1 ? -1.0f : 1.0f;
@@ -113,6 +124,7 @@ QZ_INLINE void transform_near(float *to, const float *from, ptrdiff_t count, int
 /* The butterflies at distances `near` to near * vectors / 2, in runs of near * vectors elements. */
 QZ_INLINE void transform_far(float *x, ptrdiff_t count, int vectors, ptrdiff_t near, int kind, const pass_ends *ends) {
     for (ptrdiff_t at = 0; at < count; at += near * vectors) {
+        QZ_UNROLL_BY_4
         for (ptrdiff_t l = at; l < at + near; l += QZ_LANES) {
             v_f32 v[QZ_FAR];
             QZ_UNROLL

@@ -62,10 +62,10 @@ QZ_INLINE void encode_bits(uint8_t *packed, float *vc, float *cc, const float *x
         for (int i = 0; i < 4; i++) {
             found_code found = search(load_f32(x + j + i * QZ_LANES), book, &scale, bits);
             codes[i] = found.code;
-            if (wanted != NO_PRODUCTS) add_products(&sums.vc, i, found.v, found.value); /* of zeros a zero */
+            if (wanted != NO_PRODUCTS) add_products(&sums.vc, i, found.v, found.value, 1); /* of zeros a zero */
             if (wanted != BOTH_PRODUCTS) continue;
             if (j + (i + 1) * QZ_LANES > block) clear_beyond(&found.value, j + i * QZ_LANES, block);
-            add_products(&sums.cc, i, found.value, found.value);
+            add_products(&sums.cc, i, found.value, found.value, 1);
         }
         store_packed(packed, bytes_from_i32(codes[0], codes[1], codes[2], codes[3]), stored_bits);
     }
@@ -102,7 +102,7 @@ static void encode_block(uint8_t *packed, float *vc, float *cc, const float *x, 
 static float normalise_1(float *y, const qz_kv_codec *codec) {
     const ptrdiff_t part = codec->block, dimension = codec->rotation.dimension;
     float chains[QZ_LANES * QZ_CHAINS], sums[QZ_LANES];
-    store_square_chains(chains, y, padded(part));
+    store_square_chains(chains, y, padded(part), 0);
     sum_chains(sums, chains, 1);
     const float root = (float)sqrt((double)dimension);
     const float norm = sqrtf(dimension == 512 ? sums[0] * (1.0f / 256.0f) : sums[0]);
@@ -207,7 +207,8 @@ static void encode_blocks(encoder *e, const qz_kv_codec *codec, const some_block
     const float root = (float)sqrt((double)codec->block);
     float chains[3][QZ_LANES * QZ_CHAINS], squares[QZ_LANES], norms[QZ_LANES], inverses[QZ_LANES];
     float vc[QZ_LANES], cc[QZ_LANES];
-    for (ptrdiff_t i = 0; i < count; i++) store_square_chains(chains[0] + i * QZ_CHAINS, blocks->from[i], codec->block);
+    for (ptrdiff_t i = 0; i < count; i++)
+        store_square_chains(chains[0] + i * QZ_CHAINS, blocks->from[i], codec->block, 1);
     sum_chains(squares, chains[0], count);
     for (int i = 0; i < QZ_LANES; i++) norms[i] = sqrtf(squares[i]);
     for (int i = 0; i < QZ_LANES; i++) inverses[i] = 1.0f / norms[i];

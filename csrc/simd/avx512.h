@@ -338,6 +338,10 @@ static const uint8_t packed_bytes[8][64] = {
     [5] = QZ_PACKED_RUN(5), [6] = QZ_PACKED_RUN(6), [7] = QZ_PACKED_RUN(7),
 };
 
+#define QZ_EVEN_8(k) \
+    2 * (k), 2 * (k) + 2, 2 * (k) + 4, 2 * (k) + 6, 2 * (k) + 8, 2 * (k) + 10, 2 * (k) + 12, 2 * (k) + 14
+static const uint8_t even_bytes[64] = {QZ_EVEN_8(0), QZ_EVEN_8(8), QZ_EVEN_8(16), QZ_EVEN_8(24)};
+
 /* As on AVX2, but that one VPERMB gathers the bytes of all lanes. */
 QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     if (bits == 8) {
@@ -352,7 +356,8 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     }
     if (bits == 4) {
         const __m512i words = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(1 | 16 << 8));
-        _mm256_storeu_si256((__m256i *)packed, _mm512_cvtepi16_epi8(words));
+        const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(even_bytes), words);
+        _mm256_storeu_si256((__m256i *)packed, _mm512_castsi512_si256(bytes));
         return;
     }
     const int empty = 32 - 4 * bits;
