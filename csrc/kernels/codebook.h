@@ -181,8 +181,8 @@ QZ_INLINE found_code search_4(v_f32 v, const codebook *book, const search_scale 
 #if QZ_TABLE_BITS == 5
 /* Of 16 values, where 32 table entries are looked up by one instruction. */
 QZ_INLINE found_code search_16_in_bins(v_f32 v, const codebook *book, const search_scale *s) {
-    const v_f32 near = clamp_f32(v, set1_f32(2.5f * s->norm));
-    const v_i32 bin = bits_of_f32(fma_f32(near, set1_f32(6.0f * s->inverse), set1_f32(0x1.8p23f)));
+    const v_f32 near = clamp_f32(v, mul_f32(set1_f32(s->norm), set1_f32(2.5f)));
+    const v_i32 bin = bits_of_f32(fma_f32(near, mul_f32(set1_f32(s->inverse), set1_f32(6.0f)), set1_f32(0x1.8p23f)));
     const v_i32 base = bits_of_f32(look_up_f32((const float *)(const void *)book->bases, bin, 5));
     const v_i32 code = count_greater(base, v, look_up_f32(s->steps, bin, 5));
     return (found_code){code, v, look_up_f32(book->all_values, code, 4)};
@@ -191,14 +191,13 @@ QZ_INLINE found_code search_16_in_bins(v_f32 v, const codebook *book, const sear
 /* The boundary that is nearest by the polynomial, and which the code lies next to. */
 QZ_INLINE found_code search_elements(v_f32 v, const codebook *book, const search_scale *s, int bits) {
     const place_of_element *p = &places_of_elements[bits];
-    const float inverse = s->inverse, cube = p->cube * inverse * inverse;
-    const v_f32 near = clamp_f32(v, set1_f32(p->most * s->norm)), middle = set1_f32((float)((1 << (bits - 1)) - 1));
-    v_f32 slope = set1_f32(p->linear * inverse);
+    const v_f32 clamped = clamp_f32(v, mul_f32(set1_f32(s->norm), set1_f32(p->most)));
+    const v_f32 near = mul_f32(clamped, set1_f32(s->inverse)), middle = set1_f32((float)((1 << (bits - 1)) - 1));
+    v_f32 slope = set1_f32(p->linear);
     if (bits > 3) {
         const v_f32 square = mul_f32(near, near);
-        v_f32 rest = set1_f32(cube * inverse);
-        if (bits > 5)
-            rest = fma_f32(square, set1_f32(p->fifth * inverse * inverse * inverse * inverse * inverse), rest);
+        v_f32 rest = set1_f32(p->cube);
+        if (bits > 5) rest = fma_f32(square, set1_f32(p->fifth), rest);
         slope = fma_f32(square, rest, slope);
     }
     const v_i32 place = i32_from_f32_nearest(fma_f32(near, slope, middle));
@@ -215,7 +214,7 @@ QZ_INLINE found_code search_sizes(v_f32 v, const codebook *book, const search_sc
     const place_of_size *p = &places_of_sizes[bits];
     const int half = 1 << (bits - 1), table_bits = bits < 5 ? 3 : bits - 1;
     const v_i32 size = and_i32(bits_of_f32(v), set1_i32(0x7fffffff)), above = greater_i32(bits_of_f32(v), set1_i32(0));
-    const v_f32 near = min_f32(f32_of_bits(size), set1_f32(p->most * s->norm));
+    const v_f32 near = min_f32(f32_of_bits(size), mul_f32(set1_f32(s->norm), set1_f32(p->most)));
     v_f32 slope = set1_f32(p->linear * s->inverse);
     if (bits > 4) slope = fma_f32(near, set1_f32(p->square * s->inverse * s->inverse), slope);
     const v_i32 place = i32_from_f32_truncate(fma_f32(near, slope, set1_f32(p->at_0)));

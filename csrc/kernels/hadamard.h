@@ -19,9 +19,13 @@ enum { QZ_NEAR = QZ_FUSED && QZ_LANES != 8 ? 16 : 8, QZ_FAR = 8 };
 /* Of the largest order, 28; and vectors that one of its runs can be spread over at a time. */
 enum { QZ_MAX_RUNS = 14 };
 
+/* What is added to a pointer to flips for those of the same coordinates beside pairs of them (see first_butterflies);
+ * where there are none, 0. */
+enum { QZ_OF_EVEN = QZ_LANES == 16 ? QZ_MAX_HEAD_DIM : 0, QZ_OF_ODD = 2 * QZ_OF_EVEN };
+
 typedef struct rotation_tables {
-    _Alignas(64) int32_t flips[QZ_MAX_HEAD_DIM];        /* what turns the signs, by exclusive or; else 0 */
-    _Alignas(64) float outer[QZ_MAX_RUNS][QZ_MAX_RUNS]; /* C, and 1 on the diagonal */
+    _Alignas(64) int32_t flips[QZ_MAX_HEAD_DIM + QZ_OF_ODD]; /* what turns the signs, by exclusive or; else 0 */
+    float outer[QZ_MAX_RUNS][QZ_MAX_RUNS];                   /* C, and 1 on the diagonal */
 } rotation_tables;
 
 static void open_flips(int32_t *flips, ptrdiff_t dimension) {
@@ -39,10 +43,17 @@ static void open_rotation(rotation_tables *tables, const qz_rotation *rotation) 
     const uint32_t *rows = rotation->order == 12   ? qz_kv_hadamard_12
                            : rotation->order == 20 ? qz_kv_hadamard_20
                                                    : qz_kv_hadamard_28;
+    int32_t *flips = tables->flips;
     if (rotation->is_signed) {
-        open_flips(tables->flips, rotation->dimension);
+        open_flips(flips, rotation->dimension);
     } else {
-        memset(tables->flips, 0, (size_t)rotation->dimension * sizeof *tables->flips);
+        memset(flips, 0, (size_t)rotation->dimension * sizeof *flips);
+    }
+    for (ptrdiff_t j = 0; QZ_OF_EVEN > 0 && rotation->order == 1 && j < rotation->dimension; j += 2) {
+        const int32_t one = 0x3f800000, even = one | flips[j], odd = one | flips[j + 1];
+        flips[QZ_OF_EVEN + j] = flips[QZ_OF_EVEN + j + 1] = even;
+        flips[QZ_OF_ODD + j] = odd;
+        flips[QZ_OF_ODD + j + 1] = odd ^ INT32_MIN;
     }
     for (int i = 0; i < rotation->order / 2; i++) {
         for (int j = 0; j < rotation->order / 2; j++) tables->outer[i][j] = rows[2 * i] >> 2 * j & 1 ? -1.0f : 1.0f;
@@ -58,11 +69,6 @@ typedef struct pass_ends {
 } pass_ends;
 
 QZ_INLINE v_f32 turn(v_f32 v, const int32_t *flips) { return f32_of_bits(xor_i32(bits_of_f32(v), load_i32(flips))); }
-
-QZ_INLINE v_f32 read_one(const float *from, ptrdiff_t at, int kind, const pass_ends *ends) {
-    const v_f32 v = load_f32(from + at);
-    return kind & QZ_TURN_FIRST ? turn(v, ends->flips + at) : v;
-}
 
 QZ_INLINE void write_one(float *to, ptrdiff_t at, v_f32 v, int kind, const pass_ends *ends) {
     if (kind & QZ_SCALE) v = mul_f32(v, set1_f32(ends->factor));
@@ -82,14 +88,29 @@ QZ_INLINE v_f32 butterfly_within(v_f32 v, int distance) {
     return fma_f32(v, load_f32(signs[distance % 8]), partner_f32(v, distance));
 }
 
-QZ_INLINE void butterflies_within(v_f32 *v, int vectors, int power) {
+/* From distance `first` on. */
+QZ_INLINE void butterflies_within(v_f32 *v, int vectors, int first, int power) {
     QZ_UNROLL
     for (int level = 0; level < 4; level++) {
+        if (1 << level < first) continue;
         if (1 << level >= power || 1 << level >= QZ_LANES) break;
         QZ_UNROLL
         for (int i = 0; i < vectors; i++) v[i] = butterfly_within(v[i], 1 << level);
     }
 }
+
+#if QZ_LANES == 16
+/* Signs turned, then the butterflies at distance 1: loads repeat the even elements and the odd ones, and products with
+ * 1 or -1 turn them. */
+QZ_INLINE v_f32 first_butterflies(const float *from, const int32_t *flips) {
+    const v_f32 of_even = f32_of_bits(load_i32(flips + QZ_OF_EVEN)), of_odd = f32_of_bits(load_i32(flips + QZ_OF_ODD));
+    return fma_f32(load_odd_f32(from), of_odd, mul_f32(load_even_f32(from), of_even));
+}
+#else
+QZ_INLINE v_f32 first_butterflies(const float *from, const int32_t *flips) {
+    return butterfly_within(turn(load_f32(from), flips), 1);
+}
+#endif
 
 /* Between 2, 4, 8 or 16 vectors. */
 QZ_INLINE void butterflies_between(v_f32 *v, int vectors) {
@@ -113,8 +134,11 @@ QZ_INLINE void transform_near(float *to, const float *from, ptrdiff_t count, int
     for (ptrdiff_t at = 0; at < count; at += vectors * QZ_LANES) {
         v_f32 v[QZ_NEAR];
         QZ_UNROLL
-        for (int i = 0; i < vectors; i++) v[i] = read_one(from, at + i * QZ_LANES, kind, ends);
-        butterflies_within(v, vectors, power);
+        for (int i = 0; i < vectors; i++) {
+            const ptrdiff_t j = at + i * QZ_LANES;
+            v[i] = kind & QZ_TURN_FIRST ? first_butterflies(from + j, ends->flips + j) : load_f32(from + j);
+        }
+        butterflies_within(v, vectors, kind & QZ_TURN_FIRST ? 2 : 1, power);
         butterflies_between(v, vectors);
         QZ_UNROLL
         for (int i = 0; i < vectors; i++) write_one(to, at + i * QZ_LANES, v[i], kind, ends);

@@ -67,7 +67,11 @@ QZ_INLINE void encode_bits(uint8_t *packed, float *vc, float *cc, const float *x
             if (j + (i + 1) * QZ_LANES > block) clear_beyond(&found.value, j + i * QZ_LANES, block);
             add_products(&sums.cc, i, found.value, found.value, 1);
         }
-        store_packed(packed, bytes_from_i32(codes[0], codes[1], codes[2], codes[3]), stored_bits);
+        if (stored_bits == 4) {
+            store_nibbles(packed, codes);
+        } else {
+            store_packed(packed, bytes_from_i32(codes[0], codes[1], codes[2], codes[3]), stored_bits);
+        }
     }
     if (wanted != NO_PRODUCTS) store_chains(vc, &sums.vc);
     if (wanted == BOTH_PRODUCTS) store_chains(cc, &sums.cc);

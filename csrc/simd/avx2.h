@@ -466,12 +466,6 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
         pack_bits(packed, plain, bits, 32);
         return;
     }
-    if (bits == 4) {
-        const __m256i words = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(1 | 16 << 8));
-        const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
-        _mm_storeu_si128((__m128i *)packed, _mm_packus_epi16(low, high));
-        return;
-    }
     const int empty = 32 - 4 * bits;
     const __m256i order = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed_bytes[bits]));
     __m256i v = _mm256_maddubs_epi16(codes, _mm256_set1_epi16((short)(1 | 1 << (8 + bits))));
@@ -491,6 +485,15 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
     return distance == 1 ? _mm256_permute_ps(v, 0xb1) : _mm256_permute_ps(v, 0x4e);
 }
 static inline float first_f32(v_f32 v) { return _mm256_cvtss_f32(v); }
+
+/* Packing leaves four codes of each vector in either half; a shuffle brings together what they were joined to. */
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m256i ab = _mm256_packs_epi32(codes[0], codes[1]), cd = _mm256_packs_epi32(codes[2], codes[3]);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_packus_epi16(ab, cd), _mm256_set1_epi16(1 | 16 << 8));
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128((__m128i *)packed, _mm_shuffle_epi8(bytes, order));
+}
 
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     return _mm256_sub_epi32(counts, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));

@@ -338,10 +338,6 @@ static const uint8_t packed_bytes[8][64] = {
     [5] = QZ_PACKED_RUN(5), [6] = QZ_PACKED_RUN(6), [7] = QZ_PACKED_RUN(7),
 };
 
-#define QZ_EVEN_8(k) \
-    2 * (k), 2 * (k) + 2, 2 * (k) + 4, 2 * (k) + 6, 2 * (k) + 8, 2 * (k) + 10, 2 * (k) + 12, 2 * (k) + 14
-static const uint8_t even_bytes[64] = {QZ_EVEN_8(0), QZ_EVEN_8(8), QZ_EVEN_8(16), QZ_EVEN_8(24)};
-
 /* As on AVX2, but that one VPERMB gathers the bytes of all lanes. */
 QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     if (bits == 8) {
@@ -352,12 +348,6 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
         uint8_t plain[64];
         _mm512_storeu_si512(plain, codes);
         pack_bits(packed, plain, bits, 64);
-        return;
-    }
-    if (bits == 4) {
-        const __m512i words = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(1 | 16 << 8));
-        const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(even_bytes), words);
-        _mm256_storeu_si256((__m256i *)packed, _mm512_castsi512_si256(bytes));
         return;
     }
     const int empty = 32 - 4 * bits;
@@ -378,6 +368,22 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
     return distance == 1 ? _mm512_shuffle_ps(v, v, 0xb1) : _mm512_shuffle_ps(v, v, 0x4e);
 }
 static inline float first_f32(v_f32 v) { return _mm_cvtss_f32(_mm512_castps512_ps128(v)); }
+
+/* Packing leaves the bytes of vector v in dword v of each 128-bit lane; VPERMB puts in order what they were joined to.
+ */
+#define QZ_NIBBLES_OF(v) \
+    4 * (v), 4 * (v) + 2, 4 * (v) + 16, 4 * (v) + 18, 4 * (v) + 32, 4 * (v) + 34, 4 * (v) + 48, 4 * (v) + 50
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    static const uint8_t order[64] = {QZ_NIBBLES_OF(0), QZ_NIBBLES_OF(1), QZ_NIBBLES_OF(2), QZ_NIBBLES_OF(3)};
+    const __m512i ab = _mm512_packs_epi32(codes[0], codes[1]), cd = _mm512_packs_epi32(codes[2], codes[3]);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_packus_epi16(ab, cd), _mm512_set1_epi16(1 | 16 << 8));
+    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(order), pairs);
+    _mm256_storeu_si256((__m256i *)packed, _mm512_castsi512_si256(bytes));
+}
+
+/* Every even element twice, and every odd one: by loads alone. */
+static inline v_f32 load_even_f32(const float *from) { return _mm512_moveldup_ps(_mm512_loadu_ps(from)); }
+static inline v_f32 load_odd_f32(const float *from) { return _mm512_movehdup_ps(_mm512_loadu_ps(from)); }
 
 /* VRANGEPS: the smaller magnitude (2) with the sign of the first operand. */
 static inline v_f32 clamp_f32(v_f32 v, v_f32 most) { return _mm512_range_ps(v, most, 2); }

@@ -220,7 +220,7 @@ static inline v_bytes min_bytes(v_bytes a, int b) {
 }
 
 /* Writes QZ_BYTES codes of `bits` bits each as a bit stream, and may write whatever it likes to the 64 bytes after it,
- * but for 4 and 8 bits. */
+ * but for 8 bits. */
 QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     uint8_t plain[sizeof codes];
     memcpy(plain, &codes, sizeof codes);
@@ -239,6 +239,11 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
     return distance == 1 ? (v_f32){v[1], v[0], v[3], v[2]} : (v_f32){v[2], v[3], v[0], v[1]};
 }
 static inline float first_f32(v_f32 v) { return v[0]; }
+
+/* Writes QZ_BYTES codes of 4 bits, and nothing after them. */
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    store_packed(packed, bytes_from_i32(codes[0], codes[1], codes[2], codes[3]), 4);
+}
 
 /* counts + 1 where a > b. */
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) { return counts - (v_i32)(a > b); }

@@ -284,10 +284,6 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
         return;
     }
     uint16x8_t twos = vreinterpretq_u16_u8(codes);
-    if (bits == 4) {
-        vst1_u8(packed, vmovn_u16(vsraq_n_u16(twos, twos, 4)));
-        return;
-    }
     twos = vmlaq_n_u16(vandq_u16(twos, vdupq_n_u16(0xff)), vshrq_n_u16(twos, 8), (uint16_t)(1 << bits));
     uint32x4_t fours = vreinterpretq_u32_u16(twos);
     fours = vmlaq_n_u32(vandq_u32(fours, vdupq_n_u32(0xffff)), vshrq_n_u32(fours, 16), 1u << 2 * bits);
@@ -303,6 +299,11 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
 
 QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) { return distance == 1 ? vrev64q_f32(v) : vextq_f32(v, v, 2); }
 static inline float first_f32(v_f32 v) { return vgetq_lane_f32(v, 0); }
+
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    const uint16x8_t pairs = vreinterpretq_u16_u8(bytes_from_i32(codes[0], codes[1], codes[2], codes[3]));
+    vst1_u8(packed, vmovn_u16(vsraq_n_u16(pairs, pairs, 4)));
+}
 
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     return vsubq_s32(counts, vreinterpretq_s32_u32(vcgtq_f32(a, b)));
