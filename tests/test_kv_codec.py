@@ -750,7 +750,7 @@ def test_definition_against_float64(D, bits, rng):
     """The definition in float32 beside exact arithmetic.
 
     Each element of the rotation sums B terms, each through `depth` additions: an error of at most g |x|_1 with
-    g = gamma(depth). Relative to |x|_2, by which v is divided, that is eta = g |x|_1/|x|_2 for the whole block. A sum of
+    g = gamma(depth). Relative to |x|_2, by which v is divided, that is eta = g |x|_1/|x|_2 for the block. A sum of
     B products in 16 chains errs by gamma(B/16 + 5) relative to the sum of magnitudes, its root by half of that and a
     rounding. The quotient v/|x|, or the product of |x| and a boundary, rounds once more: z errs by
     eta + |z| (gamma(B/16 + 5)/2 + 3 u), and codes differ only so near to a boundary. Where codes agree, <v, c>/|x|_2

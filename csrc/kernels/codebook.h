@@ -75,8 +75,8 @@ typedef struct codebook {
 } codebook;
 
 /* How boundaries are found, up to 6 bits: boundary k above 0 is so nearly a polynomial of k that `at_0` + |z| (linear +
- * |z| square) lies in [k - 1, k) at it, with a margin of 0.13 at least; the least and the greatest z of all others are
- * taken for `most`, where the polynomial still rises. */
+ * |z| square) lies in [k - 1, k) at it, with a margin of 0.13 at least: between boundaries k and k + 1 its whole part
+ * is k - 1 or k. Greater |z| count as `most`, up to where the polynomial rises. */
 typedef struct place_of_size {
     float at_0, linear, square, most;
 } place_of_size;

@@ -16,7 +16,7 @@ enum { QZ_PADDING = 64 };
  * and later ones. */
 enum { QZ_NEAR = QZ_FUSED && QZ_LANES != 8 ? 16 : 8, QZ_FAR = 8 };
 
-/* Of the largest order, 28; and vectors that one of its runs can be spread over at a time. */
+/* Of two times `power` elements, of the largest order, 28. */
 enum { QZ_MAX_RUNS = 14 };
 
 /* What is added to a pointer to flips for those of the same coordinates beside pairs of them (see first_butterflies);

@@ -281,7 +281,7 @@ def header() -> str:
         parts.append(c_array(f"float qz_kv_values_{name}[{size}]", [f"{text}f" for text in values]))
         edges = [f"{text}f" for text in boundaries] + ["INFINITY"]
         parts.append(c_array(f"float qz_kv_boundaries_{name}[{size}]", edges))
-        if size > 16:
+        if size > 64:
             bins = grid(name, boundaries)
             parts.append(c_array(f"uint8_t qz_kv_grid_{name}[2 * QZ_KV_HALF_BINS + 4]", bins))
     parts.append(c_array(f"uint8_t qz_kv_signs[{MAX_HEAD_DIM // 8}]", [f"0x{byte:02x}" for byte in signs()]))
