@@ -39,8 +39,9 @@ def tables():
 
 def codebook(codec, bits):
     """Values, and the boundaries between them."""
-    suffix = f"{bits}_early" if codec == 1 and bits > 4 else str(bits)
-    return tables()[f"values_{suffix}"], tables()[f"boundaries_{suffix}"][:-1]
+    early = "_early" if codec == 1 and bits > 4 else ""
+    unrounded = "_unrounded" if codec == 1 and bits == 4 else early
+    return tables()[f"values_{bits}{unrounded}"], tables()[f"boundaries_{bits}{early}"][:-1]
 
 
 @functools.cache

@@ -88,7 +88,7 @@ static void open_codebook(codebook *book, int bits, int version) {
         const float *values, *boundaries;
         const uint8_t *grid;
     } books[2][9] = {
-        {[4] = {qz_kv_values_4, qz_kv_boundaries_4, NULL},
+        {[4] = {qz_kv_values_4_unrounded, qz_kv_boundaries_4, NULL},
          [5] = {qz_kv_values_5_early, qz_kv_boundaries_5_early, qz_kv_grid_5_early},
          [6] = {qz_kv_values_6_early, qz_kv_boundaries_6_early, qz_kv_grid_6_early},
          [8] = {qz_kv_values_8_early, qz_kv_boundaries_8_early, qz_kv_grid_8_early}},

@@ -2,9 +2,10 @@
  * change that and run it.
  *
  * qz_kv_values_<bits>: the values of the codes, rising; qz_kv_boundaries_<bits>: what lies between them, then infinity.
- * The code of z is the number of boundaries strictly below it. With _early: codec 1's; without: codec 2's, at 2, 3 and
- * 4 bits also codec 1's. qz_kv_grid_<bits>[k]: how many boundaries lie below the lower edge (k - QZ_KV_HALF_BINS) /
- * QZ_KV_BINS_PER_UNIT of bin k, which holds at most one; with zeros behind, so that four bytes may be read anywhere.
+ * The code of z is the number of boundaries strictly below it. With _early or _unrounded: codec 1's, with codec 2's
+ * boundaries at 4 bits; without: codec 2's. qz_kv_grid_<bits>[k]: how many boundaries lie below the lower edge
+ * (k - QZ_KV_HALF_BINS) / QZ_KV_BINS_PER_UNIT of bin k, which holds at most one; with zeros behind, so that four bytes
+ * may be read anywhere.
  * qz_kv_signs: bit j % 8 of byte j / 8 is set where coordinate j changes its sign.
  * qz_kv_hadamard_<n>: bit t of row r is set where the symmetric matrix holds -1. */
 #ifndef QZ_KV_TABLES_H
@@ -17,7 +18,7 @@ enum { QZ_KV_BINS_PER_UNIT = 64, QZ_KV_HALF_BINS = 320 };
 
 /* clang-format off */
 static const float qz_kv_values_2[4] = {
-    -1.5104176f, -0.4527800f, 0.4527800f, 1.5104176f
+    -1.5078125f, -0.453125f, 0.453125f, 1.5078125f
 };
 
 static const float qz_kv_boundaries_2[4] = {
@@ -25,7 +26,7 @@ static const float qz_kv_boundaries_2[4] = {
 };
 
 static const float qz_kv_values_3[8] = {
-    -2.1519457f, -1.3439093f, -0.7560053f, -0.2450942f, 0.2450942f, 0.7560053f, 1.3439093f, 2.1519457f
+    -2.15625f, -1.34375f, -0.7578125f, -0.2451171875f, 0.2451171875f, 0.7578125f, 1.34375f, 2.15625f
 };
 
 static const float qz_kv_boundaries_3[8] = {
@@ -33,6 +34,11 @@ static const float qz_kv_boundaries_3[8] = {
 };
 
 static const float qz_kv_values_4[16] = {
+    -2.734375f, -2.0625f, -1.6171875f, -1.2578125f, -0.94140625f, -0.65625f, -0.388671875f, -0.1279296875f,
+    0.1279296875f, 0.388671875f, 0.65625f, 0.94140625f, 1.2578125f, 1.6171875f, 2.0625f, 2.734375f
+};
+
+static const float qz_kv_values_4_unrounded[16] = {
     -2.7325896f, -2.0690172f, -1.6180464f, -1.2562312f, -0.9423405f, -0.6567591f, -0.3880483f, -0.1283950f, 0.1283950f,
     0.3880483f, 0.6567591f, 0.9423405f, 1.2562312f, 1.6180464f, 2.0690172f, 2.7325896f
 };
@@ -43,10 +49,10 @@ static const float qz_kv_boundaries_4[16] = {
 };
 
 static const float qz_kv_values_5[32] = {
-    -3.2607325f, -2.6911196f, -2.3177394f, -2.0287284f, -1.7872332f, -1.5762281f, -1.3863403f, -1.2118044f, -1.0487833f,
-    -0.8945651f, -0.7471357f, -0.6049336f, -0.4666995f, -0.3313783f, -0.1980518f, -0.0658897f, 0.0658897f, 0.1980518f,
-    0.3313783f, 0.4666995f, 0.6049336f, 0.7471357f, 0.8945651f, 1.0487833f, 1.2118044f, 1.3863403f, 1.5762281f,
-    1.7872332f, 2.0287284f, 2.3177394f, 2.6911196f, 3.2607325f
+    -3.265625f, -2.6875f, -2.3125f, -2.03125f, -1.7890625f, -1.578125f, -1.3828125f, -1.2109375f, -1.046875f,
+    -0.89453125f, -0.74609375f, -0.60546875f, -0.466796875f, -0.33203125f, -0.1982421875f, -0.06591796875f,
+    0.06591796875f, 0.1982421875f, 0.33203125f, 0.466796875f, 0.60546875f, 0.74609375f, 0.89453125f, 1.046875f,
+    1.2109375f, 1.3828125f, 1.578125f, 1.7890625f, 2.03125f, 2.3125f, 2.6875f, 3.265625f
 };
 
 static const float qz_kv_boundaries_5[32] = {
@@ -80,14 +86,13 @@ static const uint8_t qz_kv_grid_5[2 * QZ_KV_HALF_BINS + 4] = {
 };
 
 static const float qz_kv_values_6[64] = {
-    -3.7441013f, -3.2404371f, -2.9174068f, -2.6722738f, -2.4713048f, -2.2989812f, -2.1468102f, -2.0096110f, -1.8839772f,
-    -1.7675419f, -1.6585889f, -1.5558312f, -1.4582764f, -1.3651410f, -1.2757945f, -1.1897201f, -1.1064882f, -1.0257363f,
-    -0.9471549f, -0.8704766f, -0.7954677f, -0.7219219f, -0.6496556f, -0.5785030f, -0.5083138f, -0.4389497f, -0.3702826f,
-    -0.3021928f, -0.2345670f, -0.1672969f, -0.1002783f, -0.0334095f, 0.0334095f, 0.1002783f, 0.1672969f, 0.2345670f,
-    0.3021928f, 0.3702826f, 0.4389497f, 0.5083138f, 0.5785030f, 0.6496556f, 0.7219219f, 0.7954677f, 0.8704766f,
-    0.9471549f, 1.0257363f, 1.1064882f, 1.1897201f, 1.2757945f, 1.3651410f, 1.4582764f, 1.5558312f, 1.6585889f,
-    1.7675419f, 1.8839772f, 2.0096110f, 2.1468102f, 2.2989812f, 2.4713048f, 2.6722738f, 2.9174068f, 3.2404371f,
-    3.7441013f
+    -3.75f, -3.234375f, -2.921875f, -2.671875f, -2.46875f, -2.296875f, -2.140625f, -2.015625f, -1.8828125f, -1.765625f,
+    -1.65625f, -1.5546875f, -1.4609375f, -1.3671875f, -1.2734375f, -1.1875f, -1.109375f, -1.0234375f, -0.9453125f,
+    -0.87109375f, -0.796875f, -0.72265625f, -0.6484375f, -0.578125f, -0.5078125f, -0.439453125f, -0.37109375f,
+    -0.302734375f, -0.234375f, -0.1669921875f, -0.10009765625f, -0.033447265625f, 0.033447265625f, 0.10009765625f,
+    0.1669921875f, 0.234375f, 0.302734375f, 0.37109375f, 0.439453125f, 0.5078125f, 0.578125f, 0.6484375f, 0.72265625f,
+    0.796875f, 0.87109375f, 0.9453125f, 1.0234375f, 1.109375f, 1.1875f, 1.2734375f, 1.3671875f, 1.4609375f, 1.5546875f,
+    1.65625f, 1.765625f, 1.8828125f, 2.015625f, 2.140625f, 2.296875f, 2.46875f, 2.671875f, 2.921875f, 3.234375f, 3.75f
 };
 
 static const float qz_kv_boundaries_6[64] = {

@@ -505,72 +505,99 @@ static inline v_bytes load_codes(const void *from) { return _mm256_loadu_si256((
 
 /* Attention over the KV cache. */
 
+#define QZ_SCORE_TOGETHER 4
 #define QZ_SCORE_ROWS 4
-#define QZ_SCORE_POSITIONS 1
-#define QZ_WEIGH_VECTORS 2
+#define QZ_SCORE_POSITIONS 3
+#define QZ_WEIGH_ROWS 3
+#define QZ_WEIGH_VECTORS 4
 #define QZ_WEIGH_UNITS 1
 
-QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
-    __m256 eights[8], fours[4], twos[2];
+QZ_INLINE v_f32 sum_of_each(const float *chains) {
+    __m256 fours[4], twos[2];
     QZ_UNROLL
-    for (int i = 0; i < 8; i++) { /* such an order that the last step leaves the sums in order */
-        const float *from = chains + 16 * (i % 2 * 4 + i / 2);
-        eights[i] = _mm256_add_ps(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
-    }
-    QZ_UNROLL
-    for (int i = 0; i < 4; i++) {
-        __m256 a = eights[2 * i], b = eights[2 * i + 1];
+    for (int i = 0; i < 4; i++) { /* such an order that the last step leaves the sums in order */
+        const __m256 a = _mm256_loadu_ps(chains + 8 * i), b = _mm256_loadu_ps(chains + 8 * (i + 4));
         fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
     }
     QZ_UNROLL
     for (int i = 0; i < 2; i++) {
-        __m256 a = fours[2 * i], b = fours[2 * i + 1];
+        const __m256 a = fours[2 * i], b = fours[2 * i + 1];
         twos[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     }
     return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x44), _mm256_shuffle_ps(twos[0], twos[1], 0xee));
 }
 
-/* Up to 16 values by their bytes, which VPSHUFB looks up and unpacking joins; more are gathered. */
+/* Up to 64 values by their bytes, 16 to a table of VPSHUFB; more are gathered. */
 typedef struct v_centroids {
-    __m256i planes[4];
+    __m256i planes[4][4];
     const float *values;
 } v_centroids;
-static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
     v_centroids c = {.values = values};
-    for (int i = 0; i < 4; i++) c.planes[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)planes + i));
+    QZ_UNROLL
+    for (int i = 0; i < 16; i++) {
+        const __m128i entries = _mm_loadu_si128((const __m128i *)planes + i);
+        c.planes[i / 4][i % 4] = _mm256_broadcastsi128_si256(entries);
+    }
     return c;
 }
 
-/* The codes whose numbers are 0...3 modulo 8 in the lower half and the others in the upper, so that unpacking within
- * halves leaves eight neighbours. */
-QZ_INLINE __m256i codes_by_fours(const uint8_t *packed, int bits) {
-    const __m256i bytes_of_pairs = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, //
-                                                    2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
-    if (bits != 4) {
-        return _mm256_permutevar8x32_epi32(unpack_32_codes(packed, bits), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+/* of[n]: byte i of half h is code 32 h + 2 i + n. */
+typedef struct v_codes {
+    __m256i of[2];
+} v_codes;
+
+QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    if (bits == 4) {
+        const __m256i pairs = _mm256_loadu_si256((const __m256i *)packed), mask = _mm256_set1_epi8(15);
+        return (v_codes){{_mm256_and_si256(pairs, mask), _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask)}};
     }
-    __m256i pairs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
-    pairs = _mm256_shuffle_epi8(pairs, bytes_of_pairs);
-    return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    const __m256i a = unpack_32_codes(packed, bits), b = unpack_32_codes(packed + 4 * bits, bits);
+    const __m256i low = _mm256_permute2x128_si256(a, b, 0x20), high = _mm256_permute2x128_si256(a, b, 0x31);
+    const __m256i mask = _mm256_set1_epi16(0xff);
+    return (v_codes){{_mm256_packus_epi16(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)),
+                      _mm256_packus_epi16(_mm256_srli_epi16(low, 8), _mm256_srli_epi16(high, 8))}};
 }
 
-QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
-    if (bits > 4) {
-        uint8_t codes[32];
-        _mm256_storeu_si256((__m256i *)codes, unpack_32_codes(packed, in_bytes ? 8 : bits));
+/* One byte of the values of codes; bits 4 and 5 of a code choose among tables. */
+QZ_INLINE __m256i look_up_bytes(const __m256i tables[4], __m256i codes, int bits) {
+    __m256i found = _mm256_shuffle_epi8(tables[0], codes);
+    if (bits <= 4) return found;
+    const __m256i is_odd = _mm256_slli_epi16(codes, 3);
+    found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(tables[1], codes), is_odd);
+    if (bits == 5) return found;
+    const __m256i third = _mm256_shuffle_epi8(tables[2], codes), fourth = _mm256_shuffle_epi8(tables[3], codes);
+    return _mm256_blendv_epi8(found, _mm256_blendv_epi8(third, fourth, is_odd), _mm256_slli_epi16(codes, 2));
+}
+
+/* Unpacked to words, even and odd ones become floats by a shift and by a mask, since the lower words of bfloat16 values
+ * are 0; what those of others are is blended in. */
+QZ_INLINE void centroids_of_32(v_f32 to[4], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
+    const __m256i of = codes.of[half], zero = _mm256_setzero_si256();
+    if (bits == 8) {
+        const __m256i words[2] = {_mm256_unpacklo_epi8(of, zero), _mm256_unpackhi_epi8(of, zero)};
         QZ_UNROLL
-        for (int i = 0; i < 4; i++) to[i] = _mm256_i32gather_ps(c->values, i32_from_u8(codes + 8 * i), 4);
+        for (int i = 0; i < 2; i++) {
+            to[i] = _mm256_i32gather_ps(c->values, _mm256_and_si256(words[i], _mm256_set1_epi32(0xffff)), 4);
+            to[i + 2] = _mm256_i32gather_ps(c->values, _mm256_srli_epi32(words[i], 16), 4);
+        }
         return;
     }
-    const __m256i codes = codes_by_fours(packed, bits);
-    const __m256i first = _mm256_shuffle_epi8(c->planes[0], codes), second = _mm256_shuffle_epi8(c->planes[1], codes);
-    const __m256i third = _mm256_shuffle_epi8(c->planes[2], codes), fourth = _mm256_shuffle_epi8(c->planes[3], codes);
-    const __m256i low = _mm256_unpacklo_epi8(first, second), low_end = _mm256_unpackhi_epi8(first, second);
-    const __m256i high = _mm256_unpacklo_epi8(third, fourth), high_end = _mm256_unpackhi_epi8(third, fourth);
-    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
-    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
-    to[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_end, high_end));
-    to[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_end, high_end));
+    const __m256i third = look_up_bytes(c->planes[2], of, bits), fourth = look_up_bytes(c->planes[3], of, bits);
+    const __m256i high[2] = {_mm256_unpacklo_epi8(third, fourth), _mm256_unpackhi_epi8(third, fourth)};
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        to[i] = _mm256_castsi256_ps(_mm256_slli_epi32(high[i], 16));
+        to[i + 2] = _mm256_castsi256_ps(_mm256_and_si256(high[i], _mm256_set1_epi32(-0x10000)));
+    }
+    if (!is_wide) return;
+    const __m256i first = look_up_bytes(c->planes[0], of, bits), second = look_up_bytes(c->planes[1], of, bits);
+    const __m256i low[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        to[i] = _mm256_castsi256_ps(_mm256_blend_epi16(low[i], _mm256_castps_si256(to[i]), 0xaa));
+        to[i + 2] = _mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(low[i], 16), _mm256_castps_si256(to[i + 2])));
+    }
 }
 
 #endif

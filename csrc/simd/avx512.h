@@ -387,12 +387,14 @@ static inline v_bytes load_codes(const void *from) { return _mm512_loadu_si512(f
 
 /* Attention over the KV cache. */
 
+#define QZ_SCORE_TOGETHER 4
 #define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 4
-#define QZ_WEIGH_VECTORS 2
-#define QZ_WEIGH_UNITS 4
+#define QZ_WEIGH_ROWS 4
+#define QZ_WEIGH_VECTORS 4
+#define QZ_WEIGH_UNITS 2
 
-QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
+QZ_INLINE v_f32 sum_of_each(const float *chains) {
     __m512 v[16], eights[8], fours[4], twos[2];
     QZ_UNROLL
     for (int i = 0; i < 16; i++) /* such an order that the last step leaves the sums in order */
@@ -420,53 +422,44 @@ typedef struct v_centroids {
     __m512 of_16[4];
     const float *values;
 } v_centroids;
-static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
     v_centroids c = {.values = values};
     (void)planes;
+    QZ_UNROLL
     for (int i = 0; i < 4; i++) c.of_16[i] = _mm512_loadu_ps(values + 16 * i);
     return c;
 }
 
-/* Sixteen codes of up to 4 bits, from `first` on, of the 64 bits at `packed`, each at the bottom of its lane, with
- * something else above it: VPERMPS looks at four bits, and of narrower codes the values are repeated. */
-QZ_INLINE v_i32 codes_of_64_bits(const uint8_t *packed, int bits, int first) {
-    const __m512i places = _mm512_setr_epi64(0x100000000, 0x300000002, 0x500000004, 0x700000006, 0x900000008,
-                                             0xb0000000a, 0xd0000000c, 0xf0000000e);
-    const __m512i shifts =
-        _mm512_add_epi32(_mm512_mullo_epi32(places, _mm512_set1_epi32(bits)), _mm512_set1_epi32(first));
-    int64_t all;
-    memcpy(&all, packed, sizeof all);
-    return _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(all));
+/* Lanes 8 u + 4 h + d take what is left over of the number of an element, 32 h + 16 u + 4 d + step: lanes of 64 bits
+ * get the bytes of eight codes, from 8 (4 h + 2 u + d / 2) on, and each step takes one of them into either half. */
+#define QZ_EIGHT_CODES(bits, eighth) ((int64_t)((bits) * (eighth)) * 0x0101010101010101 + 0x0706050403020100)
+typedef __m512i v_codes;
+
+QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    const __m512i order = _mm512_setr_epi64(QZ_EIGHT_CODES(bits, 0), QZ_EIGHT_CODES(bits, 1), QZ_EIGHT_CODES(bits, 4),
+                                            QZ_EIGHT_CODES(bits, 5), QZ_EIGHT_CODES(bits, 2), QZ_EIGHT_CODES(bits, 3),
+                                            QZ_EIGHT_CODES(bits, 6), QZ_EIGHT_CODES(bits, 7));
+    return _mm512_permutexvar_epi8(order, _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - 8 * bits), packed));
 }
 
+/* Of codes at the bottom of their lanes, with something else above them: VPERMPS looks at four bits, and of narrower
+ * codes the values are repeated; VPERMI2PS looks at five. */
 QZ_INLINE v_f32 centroids_of_lanes(v_i32 codes, const v_centroids *c, int bits) {
     if (bits <= 4) return _mm512_permutexvar_ps(codes, c->of_16[0]);
+    if (bits == 8) return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)), c->values, 4);
     const __m512 low = _mm512_permutex2var_ps(c->of_16[0], codes, c->of_16[1]);
     if (bits == 5) return low;
     const __m512 high = _mm512_permutex2var_ps(c->of_16[2], codes, c->of_16[3]);
-    return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(codes, _mm512_set1_epi32(31)), low, high);
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(codes, _mm512_set1_epi32(32)), low, high);
 }
 
-QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
-    if (bits <= 4) {
-        to[0] = centroids_of_lanes(codes_of_64_bits(packed, bits, 0), c, bits);
-        to[1] = centroids_of_lanes(codes_of_64_bits(packed + 4 * bits - 8, bits, 64 - 16 * bits), c, bits);
-        return;
-    }
-    const __m512i codes = unpack_in_order(packed, in_bytes ? 8 : bits, 32);
-    if (bits < 8) {
-        to[0] = centroids_of_lanes(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(codes)), c, bits);
-        to[1] = centroids_of_lanes(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(codes, 1)), c, bits);
-        return;
-    }
-    uint8_t each[64];
-    store_u8(each, codes);
+QZ_INLINE void centroids_of_32(v_f32 to[2], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
+    (void)is_wide;
     QZ_UNROLL
     for (int i = 0; i < 2; i++) {
-        const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(each + 16 * i)));
-        const __m256i high = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(each + 16 * i + 8)));
-        const __m256 a = _mm256_i32gather_ps(c->values, low, 4), b = _mm256_i32gather_ps(c->values, high, 4);
-        to[i] = _mm512_castsi512_ps(join_halves(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+        const int64_t first = bits * (half + 2 * i), other = first + 4 * bits;
+        const __m512i places = _mm512_set1_epi64(other << 32 | first);
+        to[i] = centroids_of_lanes(_mm512_multishift_epi64_epi8(places, codes), c, bits);
     }
 }
 

@@ -325,72 +325,101 @@ static inline v_bytes load_codes(const void *from) { return vld1q_u8(from); }
 
 /* Attention over the KV cache. */
 
-#define QZ_SCORE_ROWS 2
+#define QZ_SCORE_TOGETHER 2
+#define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 2
+#define QZ_WEIGH_ROWS 4
 #define QZ_WEIGH_VECTORS 4
 #define QZ_WEIGH_UNITS 1
 
-QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
-    float32x4_t fours[4], twos[2];
-    QZ_UNROLL
-    for (int i = 0; i < 4; i++) {
-        const float *from = chains + 16 * i;
-        fours[i] = vaddq_f32(vaddq_f32(vld1q_f32(from), vld1q_f32(from + 8)),
-                             vaddq_f32(vld1q_f32(from + 4), vld1q_f32(from + 12)));
-    }
+QZ_INLINE v_f32 sum_of_each(const float *chains) {
+    float32x4_t twos[2];
     QZ_UNROLL
     for (int i = 0; i < 2; i++) {
-        const float32x4_t a = fours[2 * i], b = fours[2 * i + 1];
+        const float32x4_t a = vld1q_f32(chains + 8 * i), b = vld1q_f32(chains + 8 * i + 4);
         twos[i] =
             vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
     }
     return vpaddq_f32(twos[0], twos[1]);
 }
 
-/* Up to 16 values by their bytes, which TBL looks up and zipping joins; more are loaded one by one. */
+/* Up to 64 values by their bytes, which TBL looks up; more are loaded one by one. */
 typedef struct v_centroids {
-    uint8x16_t planes[4];
+    uint8x16x4_t planes[4];
     const float *values;
 } v_centroids;
-static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
     v_centroids c = {.values = values};
-    for (int i = 0; i < 4; i++) c.planes[i] = vld1q_u8(planes + 16 * i);
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) c.planes[i] = vld1q_u8_x4(planes + 64 * i);
     return c;
 }
 
-QZ_INLINE void centroids_of_16(v_f32 *to, uint8x16_t codes, const v_centroids *c) {
-    const uint8x16_t first = vqtbl1q_u8(c->planes[0], codes), second = vqtbl1q_u8(c->planes[1], codes);
-    const uint8x16_t third = vqtbl1q_u8(c->planes[2], codes), fourth = vqtbl1q_u8(c->planes[3], codes);
-    const uint16x8_t low = vreinterpretq_u16_u8(vzip1q_u8(first, second));
-    const uint16x8_t low_end = vreinterpretq_u16_u8(vzip2q_u8(first, second));
-    const uint16x8_t high = vreinterpretq_u16_u8(vzip1q_u8(third, fourth));
-    const uint16x8_t high_end = vreinterpretq_u16_u8(vzip2q_u8(third, fourth));
-    to[0] = vreinterpretq_f32_u16(vzip1q_u16(low, high));
-    to[1] = vreinterpretq_f32_u16(vzip2q_u16(low, high));
-    to[2] = vreinterpretq_f32_u16(vzip1q_u16(low_end, high_end));
-    to[3] = vreinterpretq_f32_u16(vzip2q_u16(low_end, high_end));
+/* of[n][h]: byte i is code 32 h + 2 i + n. */
+typedef struct v_codes {
+    uint8x16_t of[2][2];
+} v_codes;
+
+QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    v_codes codes;
+    QZ_UNROLL
+    for (int h = 0; h < 2; h++, packed += 4 * bits) {
+        if (bits == 4) {
+            const uint8x16_t pairs = vld1q_u8(packed);
+            codes.of[0][h] = vandq_u8(pairs, vdupq_n_u8(15));
+            codes.of[1][h] = vshrq_n_u8(pairs, 4);
+        } else {
+            const uint8x16_t a = unpack_in_order(packed, bits, 16), b = unpack_in_order(packed + 2 * bits, bits, 16);
+            codes.of[0][h] = vuzp1q_u8(a, b);
+            codes.of[1][h] = vuzp2q_u8(a, b);
+        }
+    }
+    return codes;
 }
 
-QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
-    if (bits > 4) {
-        uint8_t codes[32];
-        unpack_bits(codes, packed, in_bytes ? 8 : bits, 32);
-        QZ_UNROLL
-        for (int i = 0; i < 8; i++) {
-            const uint8_t *four = codes + 4 * i;
-            to[i] = (v_f32){c->values[four[0]], c->values[four[1]], c->values[four[2]], c->values[four[3]]};
+QZ_INLINE uint8x16_t look_up_bytes(uint8x16x4_t table, uint8x16_t codes, int bits) {
+    if (bits <= 4) return vqtbl1q_u8(table.val[0], codes);
+    if (bits == 5) return vqtbl2q_u8((uint8x16x2_t){{table.val[0], table.val[1]}}, codes);
+    return vqtbl4q_u8(table, codes);
+}
+
+/* Zipped to words, even and odd ones become floats by a shift and by a mask, since the lower words of bfloat16 values
+ * are 0; those of others are shifted in. */
+QZ_INLINE void centroids_of_32(v_f32 to[8], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
+    QZ_UNROLL
+    for (int h = 0; h < 2; h++) {
+        const uint8x16_t of = codes.of[half][h];
+        if (bits == 8) {
+            uint8_t each[16];
+            vst1q_u8(each, of);
+            QZ_UNROLL
+            for (int i = 0; i < 4; i++) { /* from 8 u + p on, to 4 p + 2 u + h */
+                const uint8_t *at = each + i % 2 * 8 + i / 2;
+                to[2 * i + h] = (v_f32){c->values[at[0]], c->values[at[2]], c->values[at[4]], c->values[at[6]]};
+            }
+            continue;
         }
-        return;
+        const uint8x16_t third = look_up_bytes(c->planes[2], of, bits), fourth = look_up_bytes(c->planes[3], of, bits);
+        const uint32x4_t high[2] = {vreinterpretq_u32_u8(vzip1q_u8(third, fourth)),
+                                    vreinterpretq_u32_u8(vzip2q_u8(third, fourth))};
+        if (is_wide) {
+            const uint8x16_t first = look_up_bytes(c->planes[0], of, bits);
+            const uint8x16_t second = look_up_bytes(c->planes[1], of, bits);
+            const uint32x4_t low[2] = {vreinterpretq_u32_u8(vzip1q_u8(first, second)),
+                                       vreinterpretq_u32_u8(vzip2q_u8(first, second))};
+            QZ_UNROLL
+            for (int u = 0; u < 2; u++) {
+                to[2 * u + h] = vreinterpretq_f32_u32(vsliq_n_u32(low[u], high[u], 16));
+                to[4 + 2 * u + h] = vreinterpretq_f32_u32(vsriq_n_u32(high[u], low[u], 16));
+            }
+        } else {
+            QZ_UNROLL
+            for (int u = 0; u < 2; u++) {
+                to[2 * u + h] = vreinterpretq_f32_u32(vshlq_n_u32(high[u], 16));
+                to[4 + 2 * u + h] = vreinterpretq_f32_u32(vandq_u32(high[u], vdupq_n_u32(0xffff0000)));
+            }
+        }
     }
-    if (bits == 4) {
-        const uint8x16_t pairs = vld1q_u8(packed);
-        const uint8x16_t even = vandq_u8(pairs, vdupq_n_u8(15)), odd = vshrq_n_u8(pairs, 4);
-        centroids_of_16(to, vzip1q_u8(even, odd), c);
-        centroids_of_16(to + 4, vzip2q_u8(even, odd), c);
-        return;
-    }
-    centroids_of_16(to, unpack_in_order(packed, bits, 16), c);
-    centroids_of_16(to + 4, unpack_in_order(packed + 2 * bits, bits, 16), c);
 }
 
 #endif
