@@ -296,44 +296,51 @@ QZ_INLINE void scale_weights(float *to, const float *weights, const float *scale
     }
 }
 
-/* One row, from j on some units of it, for all positions. */
+/* One row, from place j on some halves of units of it, the first of which is `half`, for all positions. */
 QZ_INLINE void weigh_strip(const qz_kv_block *k, const float *weights, float *to, ptrdiff_t j, const v_centroids *c,
-                           int bits, int is_wide, int units, int is_rest) {
-    v_f32 sums[QZ_WEIGH_UNITS * 2 * HALF_VECTORS];
+                           int bits, int is_wide, int half, int halves, int is_rest) {
+    v_f32 sums[(QZ_WEIGH_HALVES > 2 ? QZ_WEIGH_HALVES : 2) * HALF_VECTORS];
     const uint8_t *from = k->codes;
-    to += j;
+    to += j + half * (UNIT / 2);
     QZ_UNROLL
-    for (int v = 0; v < units * 2 * HALF_VECTORS; v++) sums[v] = load_f32(to + v * QZ_LANES);
+    for (int v = 0; v < halves * HALF_VECTORS; v++) sums[v] = load_f32(to + v * QZ_LANES);
     for (ptrdiff_t i = 0; i < k->positions; i++, from += k->stride) {
         const v_f32 weight = set1_f32(weights[i]);
         QZ_UNROLL
-        for (int u = 0; u < units; u++) {
-            const v_codes codes = codes_at(from, j + u * UNIT, k, bits, is_rest);
+        for (int h = 0; h < halves; h++) {
+            const v_codes codes = codes_at(from, j + (half + h) / 2 * UNIT, k, bits, is_rest);
+            v_f32 values[HALF_VECTORS], *sum = sums + h * HALF_VECTORS;
+            centroids_of_32(values, codes, c, bits, is_wide, (half + h) % 2);
             QZ_UNROLL
-            for (int half = 0; half < 2; half++) {
-                v_f32 values[HALF_VECTORS], *sum = sums + (u * 2 + half) * HALF_VECTORS;
-                centroids_of_32(values, codes, c, bits, is_wide, half);
-                QZ_UNROLL
-                for (int v = 0; v < HALF_VECTORS; v++) sum[v] = fused_f32(weight, values[v], sum[v]);
-            }
+            for (int v = 0; v < HALF_VECTORS; v++) sum[v] = fused_f32(weight, values[v], sum[v]);
         }
     }
     QZ_UNROLL
-    for (int v = 0; v < units * 2 * HALF_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
+    for (int v = 0; v < halves * HALF_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
+}
+
+/* A unit of a row: halves one after the other where registers are few, unless codes take long to unpack. */
+QZ_INLINE void weigh_unit(const qz_kv_block *k, const float *weights, float *to, ptrdiff_t j, const v_centroids *c,
+                          int bits, int is_wide, int is_rest) {
+    if (QZ_WEIGH_HALVES > 1 || bits != 4) {
+        weigh_strip(k, weights, to, j, c, bits, is_wide, 0, 2, is_rest);
+    } else {
+        weigh_strip(k, weights, to, j, c, bits, is_wide, 0, 1, is_rest);
+        weigh_strip(k, weights, to, j, c, bits, is_wide, 1, 1, is_rest);
+    }
 }
 
 QZ_INLINE void weigh_one(const qz_kv_block *k, const float *weights, float *to, int bits, int is_wide) {
     const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t bytes = bytes_of_codes(k, k->length);
+    const ptrdiff_t bytes = bytes_of_codes(k, k->length), step = QZ_WEIGH_HALVES / 2 * UNIT;
     _Alignas(64) float scaled[QZ_ATTENTION_TILE];
     ptrdiff_t j = 0;
     scale_weights(scaled, weights, k->scales);
     for (ptrdiff_t i = 0; i < k->positions; i++) prefetch_row(k, i, bytes);
-    for (; j + QZ_WEIGH_UNITS * UNIT <= k->length; j += QZ_WEIGH_UNITS * UNIT)
-        weigh_strip(k, scaled, to, j, &c, bits, is_wide, QZ_WEIGH_UNITS, 0);
-    for (; QZ_WEIGH_UNITS > 1 && j + UNIT <= k->length; j += UNIT)
-        weigh_strip(k, scaled, to, j, &c, bits, is_wide, 1, 0);
-    if (j < k->length) weigh_strip(k, scaled, to, j, &c, bits, is_wide, 1, 1);
+    for (; step > UNIT && j + step <= k->length; j += step)
+        weigh_strip(k, scaled, to, j, &c, bits, is_wide, 0, QZ_WEIGH_HALVES, 0);
+    for (; j + UNIT <= k->length; j += UNIT) weigh_unit(k, scaled, to, j, &c, bits, is_wide, 0);
+    if (j < k->length) weigh_unit(k, scaled, to, j, &c, bits, is_wide, 1);
 }
 
 /* Some rows by some vectors of values, constants once inlined. */

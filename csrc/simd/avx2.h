@@ -505,12 +505,12 @@ static inline v_bytes load_codes(const void *from) { return _mm256_loadu_si256((
 
 /* Attention over the KV cache. */
 
-#define QZ_SCORE_TOGETHER 4
+#define QZ_SCORE_TOGETHER 2
 #define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 3
 #define QZ_WEIGH_ROWS 3
 #define QZ_WEIGH_VECTORS 4
-#define QZ_WEIGH_UNITS 1
+#define QZ_WEIGH_HALVES 1
 
 QZ_INLINE v_f32 sum_of_each(const float *chains) {
     __m256 fours[4], twos[2];

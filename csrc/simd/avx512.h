@@ -392,7 +392,7 @@ static inline v_bytes load_codes(const void *from) { return _mm512_loadu_si512(f
 #define QZ_SCORE_POSITIONS 4
 #define QZ_WEIGH_ROWS 4
 #define QZ_WEIGH_VECTORS 4
-#define QZ_WEIGH_UNITS 2
+#define QZ_WEIGH_HALVES 4
 
 QZ_INLINE v_f32 sum_of_each(const float *chains) {
     __m512 v[16], eights[8], fours[4], twos[2];

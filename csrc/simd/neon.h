@@ -330,7 +330,7 @@ static inline v_bytes load_codes(const void *from) { return vld1q_u8(from); }
 #define QZ_SCORE_POSITIONS 2
 #define QZ_WEIGH_ROWS 4
 #define QZ_WEIGH_VECTORS 4
-#define QZ_WEIGH_UNITS 1
+#define QZ_WEIGH_HALVES 2
 
 QZ_INLINE v_f32 sum_of_each(const float *chains) {
     float32x4_t twos[2];
