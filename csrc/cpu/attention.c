@@ -131,6 +131,8 @@ static void load_scales(const attention *a, const qz_kv_side *side, float *to, p
     } else {
         const char *from = norms->data + head * strides[0] + slot * strides[1] + element_block * strides[2];
         a->plan->kernels->load(to, from, strides[1], norms->type, count);
+        from += count * strides[1]; /* of a tile to come: a line or two now and then, which hardware does not foresee */
+        for (ptrdiff_t at = 0; at < count * strides[1]; at += 64) __builtin_prefetch(from + at);
     }
     if (side->norm_divisor != 1) {
         for (ptrdiff_t i = 0; i < count; i++) to[i] /= side->norm_divisor;
