@@ -119,10 +119,10 @@ static void count_matmul_n(ptrdiff_t m) {
 static qz_matmul_job fp_job(const small_floats *f, ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t m, const void *x,
                             ptrdiff_t x_stride) {
     qz_matmul_job job = job_of(f->bits, rows, columns, m, x, x_stride);
-    job.scales = (qz_scales){.scales = (const char *)scale_bytes[f->scale_type == QZ_E4M3],
-                             .scale_row_stride = columns / f->group,
-                             .scale_group_stride = 1,
-                             .scale_type = f->scale_type};
+    const char *const bytes = (const char *)scale_bytes[f->scale_type == QZ_E4M3];
+    const ptrdiff_t groups = columns / f->group;
+    /* scales stand in for the biases, as in calls */
+    job.scales = (qz_scales){bytes, bytes, groups, 1, groups, 1, f->scale_type, f->scale_type};
     job.group_size = f->group;
     return job;
 }

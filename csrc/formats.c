@@ -18,9 +18,12 @@ const qz_format qz_formats[QZ_FORMATS] = {
 #include "formats.def"
 #undef QZ_FORMAT
 
+/* Mostly the linker has made the two one. */
+static int is_same(const char *a, const char *b) { return a == b || strcmp(a, b) == 0; }
+
 int qz_find_format(const char *mode, ptrdiff_t bits, ptrdiff_t group_size, int *slot) {
     for (int row = 0; row < QZ_FORMATS; row++) {
-        if (qz_formats[row].bits != bits || strcmp(qz_formats[row].mode, mode) != 0) continue;
+        if (qz_formats[row].bits != bits || !is_same(qz_formats[row].mode, mode)) continue;
         for (*slot = 0; *slot < QZ_GROUP_SLOTS; ++*slot) {
             if (group_size > 0 && qz_formats[row].group_sizes[*slot] == group_size) return row;
         }
@@ -30,6 +33,6 @@ int qz_find_format(const char *mode, ptrdiff_t bits, ptrdiff_t group_size, int *
 
 int qz_find_mode(const char *mode) {
     int row = 0;
-    while (strcmp(qz_formats[row].mode, mode) != 0) row++;
+    while (!is_same(qz_formats[row].mode, mode)) row++;
     return row;
 }

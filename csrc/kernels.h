@@ -22,8 +22,9 @@ enum {
     QZ_MAX_GROUP = 128
 };
 
-/* FP8 weights (kernels/matmul_definition_fp.h): k of a panel, and the chains of sums in it. */
-enum { QZ_FP8_PANEL = 256, QZ_FP8_CHAINS = 16 };
+/* FP8 weights (kernels/matmul_definition_fp.h): k of a panel, and the chains of sums in it. FP4 weights: the same, but
+ * blocks of a panel. */
+enum { QZ_FP8_PANEL = 256, QZ_FP8_CHAINS = 16, QZ_FP4_PANEL = 64, QZ_FP4_CHAINS = 16 };
 
 /* The float class: outputs of a tile at most, _t and _n, which is also the pitch of y; k of a job at most where weights
  * are decoded first, multiples of every group size. Up to QZ_FLOAT_FEW rows of x, _t multiplies codes as they are. */
@@ -52,12 +53,12 @@ typedef struct qz_matmul_job {
     ptrdiff_t w_row_stride;
     qz_scales scales; /* of the first packed row */
     ptrdiff_t group_size;
-    ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_TILE_ROWS or QZ_PREFILL_ROWS; _n: k, all of them */
+    ptrdiff_t rows;     /* _t: weight rows of this tile, at most QZ_PREFILL_ROWS; _n: k, all of them */
     ptrdiff_t columns;  /* _t: k, all of them; _n: outputs of this tile, whole groups */
     const char *x;      /* M rows: _t, as prepare_x left them; _n, float32 */
     ptrdiff_t x_stride; /* bytes from row to row */
     ptrdiff_t m;
-    float *y; /* [m][y_stride]: set, not added to; y_stride is the largest tile's outputs */
+    float *y; /* [m][y_stride]: set, not added to; y_stride is the largest tile's outputs, a multiple of QZ_TILE_ROWS */
     ptrdiff_t y_stride;
 } qz_matmul_job;
 

@@ -66,6 +66,15 @@ static inline ptrdiff_t qz_kv_row_norms(const qz_kv_codec *codec) { return codec
  * multiplied by the same codes, at most. */
 enum { QZ_ATTENTION_TILE = 64, QZ_ATTENTION_ROWS = 32 };
 
+/* Queries, accumulators and decoded codes stand in an order of their own, 64 elements by 64: where even and odd codes
+ * of 4 bits end up when their bytes are looked up in each 16 bytes of a vector, unpacked to words, and these to floats.
+ * Bits 5...0 of the number of an element, h u d d' p n, are bits n p u h d d' of its place. */
+enum { QZ_ATTENTION_UNIT = 64 };
+static inline ptrdiff_t qz_attention_place(ptrdiff_t j) {
+    const ptrdiff_t step = j % 2 * 2 + j / 2 % 2, chain = j / 16 % 2 * 8 + j / 32 % 2 * 4 + j / 4 % 4;
+    return j / QZ_ATTENTION_UNIT * QZ_ATTENTION_UNIT + 16 * step + chain;
+}
+
 /* One block (the elements that share a scale) of packed keys or values at some consecutive positions of a tile. */
 typedef struct qz_kv_block {
     const uint8_t *codes;   /* of the first position */
@@ -73,13 +82,14 @@ typedef struct qz_kv_block {
     ptrdiff_t positions;    /* at most QZ_ATTENTION_TILE */
     ptrdiff_t length;       /* codes of a position, a multiple of 8 */
     int bits, in_bytes;     /* packed by `bits`, or a byte each, whose upper bits mean nothing */
+    int is_bfloat16;        /* centroids are, of at most 6 bits */
     const float *centroids; /* 256, repeated from 2^bits on */
-    const uint8_t *planes;  /* the first 16 by their bytes: all lowest ones, ... all highest ones */
+    const uint8_t *planes;  /* the first 64 by their bytes: all lowest ones, ... all highest ones */
     const float *scales;    /* one a position, readable to the end of a tile */
 } qz_kv_block;
 
-/* Rows of floats, `stride` of them apart. Readable, and for weigh writable, to the next multiple of 32 of the block's
- * length; there queries are 0. */
+/* Rows of floats in places, `stride` of them apart. Readable, and for weigh writable, to the next multiple of
+ * QZ_ATTENTION_UNIT of the block's length; where no element stands queries are 0. */
 typedef struct qz_kv_rows {
     float *data;
     ptrdiff_t stride, count; /* at most QZ_ATTENTION_ROWS */
@@ -98,7 +108,7 @@ typedef struct qz_attention_kernels {
     void (*weigh)(const qz_kv_block *values, const qz_kv_rows *accumulators, const float *weights);
     void (*cap)(float *scores, float softcap);
     void (*soften)(float *scores, qz_softmax *softmax);
-    void (*rescale)(float *values, ptrdiff_t count, float factor); /* count: a multiple of 32; for merge too */
+    void (*rescale)(float *values, ptrdiff_t count, float factor); /* count: a multiple of 64; for merge too */
     void (*merge)(qz_softmax *softmax, float *values, const qz_softmax *later, const float *more, ptrdiff_t count);
 } qz_attention_kernels;
 

@@ -63,7 +63,7 @@ ELEMENTS = {
 accumulate : "exact"
     x is put into block fixed point (22 bits for float32 x, 15 for float16 and bfloat16, relative to the largest
     magnitude of each group), products are summed in integers, without error, and one float32 term per group is
-    added in order. "float" is refused.
+    added in a fixed order. "float" is refused.
 activations : "int8", optional
     Lossy: uses 7 bits of x instead, an error up to 2^-7 of each group's largest magnitude.
 """,

@@ -30,7 +30,7 @@ def bound(queries, keys, values, *, length, start=0, scale=None, mask=None, soft
     factor = 1 / math.sqrt(D) if scale is None else abs(scale)
     norms = np.linalg.norm(queries.astype(np.float64), axis=-1)[:, :, None] * np.linalg.norm(k, axis=-1)[:, None]
     chunks = -(-L // 512)
-    off = norms * factor * (rotation_error(keys.B) + gamma(keys.B / 16 + 4 + D // keys.B * 2 + 5))  # d_i
+    off = norms * factor * (rotation_error(keys.B) + gamma(4 * math.ceil(keys.B / 64) + 4 + D // keys.B * 2 + 5))  # d_i
     raw = np.einsum("htd,hld->htl", queries.astype(np.float64), k) * (1 / math.sqrt(D) if scale is None else scale)
     if softcap is not None:
         off = off + 8 * U * np.abs(raw)

@@ -14,6 +14,8 @@ FP8 = np.array([m * 2.0**-9 if m < 8 else (8 + m % 8) * 2.0 ** (m // 8 - 10) for
 GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 BITS = {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 
+PANEL, CHAINS = 64, 16  # of products with FP4 weights: groups of a panel, and its chains
+
 
 def rounded(x, kind):
     """Float32 values that have been rounded to the type."""
@@ -121,10 +123,19 @@ def _plain(x, weights):
     return total
 
 
-def _term_fp4(x, numbers, p, s):
-    """(float(G) * s) * 2^(e-1) of one block: x [M, n], numbers [N, n] float64, s [N] float32 or 1."""
+def _term_fp4(x, numbers, p):
+    """float(G) * 2^(e-1) of one block: x [M, n], numbers [N, n] float64."""
     v, e = ref.fixed_point(x, p)
-    return (ref.integer_dot(v, numbers.T, False) * s) * ref.two_to(e - 1).astype(F32)[:, None]
+    return ref.integer_dot(v, numbers.T, False) * ref.two_to(e - 1).astype(F32)[:, None]
+
+
+def _link_fp4(total, x, numbers, p, s):
+    """Fused (float(G) * s) * 2^(e-1) + total of one block: also s [N] float32; the plain sum where x is not finite."""
+    finite = np.isfinite(x).all(axis=1)
+    v, e = ref.fixed_point(np.where(finite[:, None], x, F32(0)), p)
+    linked = fused(ref.integer_dot(v, numbers.T, False) * s, ref.two_to(e - 1)[:, None], total)
+    linked[~finite] = total[~finite] + _plain(x[~finite][:, None], s[:, None] * (numbers / 2).astype(F32))
+    return linked
 
 
 def precision_t(mode, digits):
@@ -139,18 +150,15 @@ def fp4_t_bits(x, codes, stored, mode, digits):
     """x [M, K] float32, codes [N, K], stored scales [N, groups]."""
     n, p, scales = GROUP_SIZES[mode], precision_t(mode, digits), _scales(stored, mode)
     y = np.zeros((len(x), len(codes)), F32)
+    groups = x.shape[1] // n
     with np.errstate(all="ignore"):
-        for group in range(x.shape[1] // n):
-            block, twice, s = (
-                x[:, group * n : (group + 1) * n],
-                _twice(codes[:, group * n : (group + 1) * n]),
-                scales[:, group],
-            )
-            finite = np.isfinite(block).all(axis=1)
-            term = _term_fp4(np.where(finite[:, None], block, F32(0)), twice, p, s)
-            weights = s[:, None] * (twice / 2).astype(F32)
-            term[~finite] = _plain(block[~finite][:, None], weights)
-            y = y + term
+        for first in range(0, groups, PANEL):
+            for chain in range(first, min(first + CHAINS, groups)):
+                total = np.zeros_like(y)
+                for group in range(chain, min(first + PANEL, groups), CHAINS):
+                    k = slice(group * n, (group + 1) * n)
+                    total = _link_fp4(total, x[:, k], _twice(codes[:, k]), p, scales[:, group])
+                y = y + total
     return y
 
 
@@ -165,7 +173,7 @@ def fp4_n_bits(x, codes, stored, mode, digits):
                 s, columns = scales[first : first + 64, group], slice(group * size, (group + 1) * size)
                 twice, t = _twice(codes[first : first + 64, columns]), block * s
                 finite = np.isfinite(t).all(axis=1)
-                term = _term_fp4(np.where(finite[:, None], t, F32(0)), twice.T, p, F32(1))
+                term = _term_fp4(np.where(finite[:, None], t, F32(0)), twice.T, p)
                 weights = s[:, None] * (twice / 2).astype(F32)
                 term[~finite] = _plain(block[~finite][:, None], weights.T)
                 y[:, columns] = y[:, columns] + term
@@ -249,27 +257,34 @@ def bound(x, codes, stored, mode, transpose, digits):
         # subnormal range is off by 2^-150, and additions there are exact.
         panels = -(-x.shape[1] // 256)
         return sizes * np.expm1((16 + 15 + panels) * np.log1p(u)) + x.shape[1] * 2.0**-150
-    n = GROUP_SIZES[mode] if transpose else 64
-    chain = ref._Chain(sizes.shape)
-    for first in range(0, x.shape[1], n):
-        k = slice(first, first + n)
-        if transpose:
-            chain.add(*_block_error_t(x[:, k], weights[k], precision_t(mode, digits)))
-        else:
-            chain.add(*_block_error_n(x[:, k], weights[k], codes[k], stored[k], mode, digits))
-    return chain.bound(x.shape[1] * 2.0**-53 * sizes)
+    chain, rounding = ref._Chain(sizes.shape), x.shape[1] * 2.0**-53 * sizes
+    if transpose:
+        n = GROUP_SIZES[mode]
+        for first in range(0, x.shape[1], n * PANEL):
+            for start in range(first, min(first + n * CHAINS, x.shape[1]), n):
+                blocks = [slice(k, k + n) for k in range(start, min(first + n * PANEL, x.shape[1]), n * CHAINS)]
+                chain.add(*_chain_error_t(x, weights, blocks, precision_t(mode, digits)))
+        return chain.bound(rounding)
+    for first in range(0, x.shape[1], 64):
+        k = slice(first, first + 64)
+        chain.add(*_block_error_n(x[:, k], weights[k], codes[k], stored[k], mode, digits))
+    return chain.bound(rounding)
 
 
-def _block_error_t(x, weights, p):
-    """Exact terms and the bound on their error.
+def _chain_error_t(x, weights, blocks, p):
+    """The exact sum of a chain of blocks and the bound on its error.
 
-    x is off by h = 2^(e-1) at most, and float(G) and its product with s are rounded; 2^(e-1) times that is exact or, in
-    the subnormal range, off by 2^-150.
+    x is off by h = 2^(e-1) at most, and float(G) and its product with s are rounded. 2^(e-1) times that (exact)
+    is added and rounded at once: off by U times the sum, or, in the subnormal range, by 2^-150.
     """
-    wide = x.astype(np.float64)
-    h = ref.two_to(ref.block_exponent(x, p) - 1)[:, None] * np.abs(weights).sum(axis=0)
-    term = wide @ weights
-    return term, h + (np.abs(term) + h) * ((1 + ref.U) ** 2 - 1) + 2.0**-149
+    total = error = np.zeros((len(x), weights.shape[1]))
+    for k in blocks:
+        h = ref.two_to(ref.block_exponent(x[:, k], p) - 1)[:, None] * np.abs(weights[k]).sum(axis=0)
+        term = x[:, k].astype(np.float64) @ weights[k]
+        total = total + term
+        error = error + h + (np.abs(term) + h) * ((1 + ref.U) ** 2 - 1)
+        error = error + ref.U * (np.abs(total) + error) + 2.0**-150
+    return total, error
 
 
 def _block_error_n(x, weights, codes, stored, mode, digits):

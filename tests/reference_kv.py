@@ -39,8 +39,9 @@ def tables():
 
 def codebook(codec, bits):
     """Values, and the boundaries between them."""
-    suffix = f"{bits}_early" if codec == 1 and bits > 4 else str(bits)
-    return tables()[f"values_{suffix}"], tables()[f"boundaries_{suffix}"][:-1]
+    early = "_early" if codec == 1 and bits > 4 else ""
+    unrounded = "_unrounded" if codec == 1 and bits == 4 else early
+    return tables()[f"values_{bits}{unrounded}"], tables()[f"boundaries_{bits}{early}"][:-1]
 
 
 @functools.cache
@@ -93,11 +94,17 @@ def transform(x):
         h *= 2
     if outer == 1:
         return x.reshape(*lead, B)
-    x = x.reshape(*lead, outer, inner)
-    total = hadamard(outer)[:, :1].astype(x.dtype) * x[..., :1, :]
-    for t in range(1, outer):
-        total = total + hadamard(outer)[:, t : t + 1].astype(x.dtype) * x[..., t : t + 1, :]
-    return total.reshape(*lead, B)
+    # H_outer = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]]: runs [p, m] after one more step of the butterflies
+    pairs = x.reshape(*lead, outer // 2, 2, inner)
+    a, b = pairs[..., 0, :], pairs[..., 1, :]
+    runs = np.stack([a + b, a - b], axis=-2)
+    c = hadamard(outer)[::2, ::2].astype(x.dtype)
+    rows = []
+    for i in range(outer // 2):
+        own = np.stack([runs[..., i, 1, :], -runs[..., i, 0, :]], axis=-2)
+        terms = [own if i == j else c[i, j] * runs[..., j, :, :] for j in range(outer // 2)]
+        rows.append(functools.reduce(np.add, terms))
+    return np.stack(rows, axis=-3).reshape(*lead, B)
 
 
 def in_blocks(x, B):
@@ -129,9 +136,40 @@ def chain_sum(products):
     return chains[..., 0]
 
 
-def code_of(z, codec, bits):
-    """How many boundaries lie strictly below z; 0 of NaN."""
+def fused(a, b, c):
+    """a b + c of float32, rounded once: by a float64 sum rounded to odd; of float64 as it is.
+
+    Products of float32 are exact in float64. Where the sum is not, its last bit is set, towards the error where it was
+    not: from 53 bits so rounded, those of float32 are what they are from the exact sum (S. Boldo and G. Melquiond,
+    Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd, 2008).
+    """
+    if a.dtype == F64:
+        return a * b + c
+    product, c = a.astype(F64) * b.astype(F64), c.astype(F64)
+    total = product + c
+    of_c = total - product
+    error = (product - (total - of_c)) + (c - of_c)
+    is_even = total.view(np.int64) & 1 == 0
+    odd = total.view(np.int64) + np.where((error > 0) == (total > 0), 1, -1)
+    return np.where((error != 0) & is_even, odd.view(F64), total).astype(F32)
+
+
+def chain_dot(a, b):
+    """Sum of products over the last axis as chain_sum's, but each product and sum rounded once."""
+    *lead, B = a.shape
+    size = -(-B // 16) * 16
+    padded = [np.concatenate([array, np.zeros((*lead, size - B), a.dtype)], axis=-1) for array in (a, b)]
+    chains = np.zeros((*lead, 16), a.dtype)
+    for step in range(0, size, 16):
+        chains = fused(*(array[..., step : step + 16] for array in padded), chains)
+    return chain_sum(chains)
+
+
+def code_of(z, codec, bits, unit=None):
+    """How many boundaries, times units [...] of vectors [..., B], lie strictly below z; 0 of NaN."""
     boundaries = codebook(codec, bits)[1].astype(z.dtype)
+    if unit is not None:
+        return sum((z > unit[..., None] * boundary).astype(np.uint8) for boundary in boundaries)
     return np.where(np.isnan(z), 0, np.searchsorted(boundaries, z, side="left")).astype(np.uint8)
 
 
@@ -215,20 +253,22 @@ def encode_2(x, bits=4, *, scale="unbiased", dtype=F64):
     x = np.asarray(x).astype(dtype)
     D = x.shape[-1]
     B = block_size(D)
-    v = transform(in_blocks(x * signs(D).astype(dtype), B))
-    root = np.sqrt(chain_sum(v * v))
-    zero = root == 0
-    with np.errstate(all="ignore"):
-        z = v * np.where(zero, 0, dtype(np.sqrt(B)) / root).astype(dtype)[..., None]
-    codes = code_of(z, 2, bits)
+    blocks = in_blocks(x, B)
+    squares = chain_dot(blocks, blocks)
+    norm = np.sqrt(squares)
+    v = transform(in_blocks(x * signs(D).astype(dtype), B))  # sqrt(B) norm z/|z|
+    codes = code_of(v, 2, bits, norm)
     c = codebook(2, bits)[0].astype(dtype)[codes]
-    rho = root / dtype(B)
+    root = dtype(np.sqrt(B))
     with np.errstate(all="ignore"):
+        z = v / norm[..., None]
         scales = {
-            "norm": lambda: rho,
-            "least_squares": lambda: rho * chain_sum(z * c) / chain_sum(c * c),
-            "unbiased": lambda: rho * dtype(B) / chain_sum(z * c),
+            "norm": lambda: norm / root,
+            "least_squares": lambda: chain_dot(v, c) / (root * chain_dot(c, c)),
+            "unbiased": lambda: squares * root / chain_dot(v, c),
         }[scale]()
+    zero = squares == 0
+    z = np.where(zero[..., None], 0, z).astype(dtype)
     return codes.reshape(x.shape), np.where(zero, 0, scales).astype(dtype), z.reshape(x.shape)
 
 

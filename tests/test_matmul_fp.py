@@ -117,6 +117,22 @@ def test_every_bit(isa, mode, kind, transpose, rng):
         make(mode, transpose, rng, *shape, kind).check()
 
 
+@every_mode
+def test_scales_without_signs(isa, mode, rng):
+    """Scales as quantizers write them, in rows of whole panels, of parts of them, and of both."""
+    for k in (1024, 2048, 3424):
+        product = make(mode, True, rng, 1, 18, k)
+        scales = product.scales & 127 if mode == "nvfp4" else product.scales
+        Product(mode, True, product.x, product.codes, scales, "float32", None).check()
+
+
+def test_int8_activations_of_largest_x(isa, rng):
+    """2^e is as great as it can be: sums over zeros stay zero."""
+    product = make("nvfp4", True, rng, 3, 16, 160, x=lambda rng, shape: rng.choice([-3.4e38, 3.4e38], shape))
+    codes = np.where(np.arange(16)[:, None] % 2 == 0, np.uint8(0), product.codes)
+    Product("nvfp4", True, product.x, codes, product.scales & 127, "int8").check()
+
+
 @both_layouts
 @every_mode
 def test_one_group(isa, mode, transpose, rng):

@@ -20,14 +20,17 @@ _Static_assert(CHUNK % TILE == 0, "tiles do not cross chunks");
 /* Elements of a block's rows that keep a piece of work short enough to look for signals after it. */
 enum { LARGE = 1 << 15 };
 
-/* Floats of a row of queries or of accumulators: its blocks, each filled up to a multiple of 32. */
-static ptrdiff_t pitch_of_block(const qz_kv_side *side) { return (side->codec.block + 31) / 32 * 32; }
+/* Floats of a row of queries or of accumulators: its blocks, each filled up to whole units. */
+static ptrdiff_t pitch_of_block(const qz_kv_side *side) {
+    return (side->codec.block + QZ_ATTENTION_UNIT - 1) / QZ_ATTENTION_UNIT * QZ_ATTENTION_UNIT;
+}
 static ptrdiff_t blocks_of(const qz_kv_side *side) { return side->codec.rotation.dimension / side->codec.block; }
 static ptrdiff_t pitch_of_row(const qz_kv_side *side) { return blocks_of(side) * pitch_of_block(side); }
 
 typedef struct tables {
     float centroids[256];
-    uint8_t planes[64];
+    uint8_t planes[4 * 64];
+    int are_bfloat16;
 } tables;
 
 typedef struct attention {
@@ -100,7 +103,7 @@ static void prepare_row(const attention *a, const block *b, ptrdiff_t i) {
     kernels->kv->rotate(&job);
     memset(to, 0, (size_t)a->q_pitch * sizeof *to);
     for (ptrdiff_t j = 0; j < side->codec.rotation.dimension; j++)
-        to[j / length * pitch + j % length] = values[j] * a->args->scale;
+        to[j / length * pitch + qz_attention_place(j % length)] = values[j] * a->args->scale;
 }
 
 static void prepare_blocks(void *context, ptrdiff_t begin, ptrdiff_t end) {
@@ -128,6 +131,8 @@ static void load_scales(const attention *a, const qz_kv_side *side, float *to, p
     } else {
         const char *from = norms->data + head * strides[0] + slot * strides[1] + element_block * strides[2];
         a->plan->kernels->load(to, from, strides[1], norms->type, count);
+        from += count * strides[1]; /* of a tile to come: a line or two now and then, which hardware does not foresee */
+        for (ptrdiff_t at = 0; at < count * strides[1]; at += 64) __builtin_prefetch(from + at);
     }
     if (side->norm_divisor != 1) {
         for (ptrdiff_t i = 0; i < count; i++) to[i] /= side->norm_divisor;
@@ -169,6 +174,7 @@ static void do_run(const attention *a, const tile *t, ptrdiff_t position, ptrdif
                      .length = side->codec.block,
                      .bits = side->codec.bits,
                      .in_bytes = side->codec.stored_bits == 8,
+                     .is_bfloat16 = t->tables->are_bfloat16,
                      .centroids = t->tables->centroids,
                      .planes = t->tables->planes,
                      .scales = scales};
@@ -218,9 +224,8 @@ static void mask_row(const attention *a, const block *b, ptrdiff_t row, float *s
             for (ptrdiff_t i = 0; i < count; i++) to[i] = from[i * stride] ? to[i] : -INFINITY;
         }
     }
-    for (ptrdiff_t i = base; i < base + TILE; i++) {
-        if (i < low || i >= high) scores[i - base] = -INFINITY;
-    }
+    for (ptrdiff_t i = 0; i < TILE && (i < low - base || low >= high); i++) scores[i] = -INFINITY;
+    for (ptrdiff_t i = high > base ? high - base : 0; i < TILE; i++) scores[i] = -INFINITY;
 }
 
 /* ---- chunks ---- */
@@ -292,7 +297,7 @@ static void finish_row(const attention *a, const block *b, ptrdiff_t i) {
         const float factor = 1.0f / softmax->sum;
         const qz_rotate_job job = {&side->codec.rotation, 1, values, values, 1, 0, 0};
         for (ptrdiff_t j = 0; j < side->codec.rotation.dimension; j++)
-            values[j] = sums[j / length * pitch + j % length] * factor;
+            values[j] = sums[j / length * pitch + qz_attention_place(j % length)] * factor;
         a->plan->kernels->kv->rotate(&job);
     } else {
         memset(values, 0, (size_t)side->codec.rotation.dimension * sizeof *values);
@@ -314,7 +319,7 @@ static const float *values_of(const qz_kv_side *side) {
     switch (side->codec.bits) {
     case 2: return qz_kv_values_2;
     case 3: return qz_kv_values_3;
-    case 4: return qz_kv_values_4;
+    case 4: return side->codec.version == 1 ? qz_kv_values_4_unrounded : qz_kv_values_4;
     case 5: return side->codec.version == 1 ? qz_kv_values_5_early : qz_kv_values_5;
     case 6: return side->codec.version == 1 ? qz_kv_values_6_early : qz_kv_values_6;
     default: return side->codec.version == 1 ? qz_kv_values_8_early : qz_kv_values_8;
@@ -323,15 +328,17 @@ static const float *values_of(const qz_kv_side *side) {
 
 static void fill_tables(tables *to, const qz_kv_side *side) {
     for (int i = 0; i < 256; i++) to->centroids[i] = values_of(side)[i & ((1 << side->codec.bits) - 1)];
+    to->are_bfloat16 = side->codec.bits < 8;
     for (int i = 0; i < 64; i++) {
         uint32_t bits;
-        memcpy(&bits, &to->centroids[i % 16], sizeof bits);
-        to->planes[i] = (uint8_t)(bits >> 8 * (i / 16));
+        memcpy(&bits, &to->centroids[i], sizeof bits);
+        for (int byte = 0; byte < 4; byte++) to->planes[64 * byte + i] = (uint8_t)(bits >> 8 * byte);
+        to->are_bfloat16 = to->are_bfloat16 && (bits & 0xffff) == 0;
     }
 }
 
 /* Bytes of so many floats. That of a block's partial results fits: for a byte of codes, of which there are less than
- * 2^53 (qz_checked_count), they have at most 16 floats (8 codes of 2 bits, filled up to 32) times 32 rows / CHUNK. */
+ * 2^53 (qz_checked_count), they have at most 32 floats (8 codes of 2 bits, filled up to 64) times 32 rows / CHUNK. */
 static size_t bytes_of_floats(ptrdiff_t rows, ptrdiff_t length) {
     return (size_t)rows * (size_t)length * sizeof(float);
 }

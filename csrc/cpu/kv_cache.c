@@ -180,7 +180,32 @@ static void encode_pieces(void *context, ptrdiff_t begin, ptrdiff_t end) {
     }
 }
 
+/* From [heads, rows, ...] to one row for each of some rows: an array whose heads are all that there is of it. */
+static void take_heads_for_rows(qz_array *a, ptrdiff_t row) {
+    if (!a->data) return;
+    a->data = (char *)a->data + row * a->strides[1];
+    a->shape[1] = a->shape[0];
+    a->strides[1] = a->strides[0];
+    a->shape[0] = 1;
+}
+
+/* A token: its heads go to the kernel together. */
+static qz_kv_encode_args one_of_each_head(const qz_kv_encode_args *args) {
+    qz_kv_encode_args turned = *args;
+    const ptrdiff_t slots = args->packed.shape[1], slot = args->first < slots ? args->first : args->first - slots;
+    take_heads_for_rows(&turned.x, 0);
+    take_heads_for_rows(&turned.z, 0);
+    take_heads_for_rows(&turned.packed, slot);
+    take_heads_for_rows(&turned.norms, slot);
+    turned.first = 0;
+    return turned;
+}
+
 qz_status qz_cpu_kv_encode(const qz_plan *plan, const qz_kv_encode_args *args, const qz_run *run) {
+    if (args->x.ndim == 3 && args->x.shape[1] == 1 && args->x.shape[0] > 1 && !args->counts_norms) {
+        const qz_kv_encode_args turned = one_of_each_head(args);
+        return qz_cpu_kv_encode(plan, &turned, run);
+    }
     const int axis = args->x.ndim - 2;
     const ptrdiff_t leads = qz_count(&args->x, axis), rows = args->x.shape[axis];
     if (leads == 0 || rows == 0) return QZ_OK;

@@ -53,14 +53,18 @@ static void prepare_rows(void *context, ptrdiff_t begin, ptrdiff_t end) {
     }
 }
 
-/* The tile's job: weights of outputs [column, column + tile). */
-static qz_matmul_job job_of_tile(const chunk *c, ptrdiff_t column) {
-    qz_matmul_job job = c->base;
-    ptrdiff_t count = c->n - column < c->tile ? c->n - column : c->tile;
-    job.rows = c->args->transpose ? count : c->k;
-    job.columns = c->args->transpose ? c->k : count;
-    qz_move_to_output(&job, c->args, column);
-    return job;
+/* Sets what the job of a tile has of its own: the weights of outputs [column, column + tile). */
+static void set_tile(qz_matmul_job *job, const chunk *c, ptrdiff_t column) {
+    const ptrdiff_t count = c->n - column < c->tile ? c->n - column : c->tile;
+    job->w = c->base.w;
+    job->scales.scales = c->base.scales.scales;
+    job->scales.biases = c->base.scales.biases;
+    qz_move_to_output(job, c->args, column);
+    if (c->args->transpose) {
+        job->rows = count;
+    } else {
+        job->columns = count;
+    }
 }
 
 static void store_tile(const chunk *c, const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t column) {
@@ -80,6 +84,11 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
     _Alignas(64) float y[MAX_ROWS_T * QZ_PREFILL_ROWS];
     _Static_assert(QZ_TILE_ROWS <= QZ_PREFILL_ROWS && MAX_ROWS_N * QZ_TILE_COLUMNS <= MAX_ROWS_T * QZ_PREFILL_ROWS,
                    "y holds a tile of every kind");
+    qz_matmul_job job = c->base;
+    job.rows = job.columns = c->k;
+    job.x_stride = (ptrdiff_t)c->x_stride;
+    job.y = y;
+    job.y_stride = c->tile;
     for (ptrdiff_t piece = begin; piece < end; piece++) {
         ptrdiff_t column = piece * c->tile, first = 0, last = c->m;
         if (c->parts > 1) {
@@ -88,12 +97,9 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
             first = c->m * part / c->parts;
             last = c->m * (part + 1) / c->parts;
         }
-        qz_matmul_job job = job_of_tile(c, column);
+        set_tile(&job, c, column);
         job.x = c->x + (size_t)first * c->x_stride + (c->args->transpose ? 0 : c->staged);
-        job.x_stride = (ptrdiff_t)c->x_stride;
         job.m = last - first;
-        job.y = y;
-        job.y_stride = c->tile;
         if (c->args->transpose) {
             c->kernel->multiply(&job);
         } else {
@@ -105,9 +111,14 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
 
 static int is_prefill(const chunk *c) { return c->kernel == &c->kernels->prefill_t[c->args->digits - 1]; }
 
+/* A call that nobody shares and nobody stops: done in one task, in few jobs, each of which costs as much as some rows
+ * of a small matrix. */
+static int is_small(const qz_run *run) { return run->threads == 1 && !run->poll; }
+
 static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     ptrdiff_t threads = run->threads ? run->threads : qz_get_num_threads();
-    c->tile = !c->args->transpose ? QZ_TILE_COLUMNS : is_prefill(c) ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
+    const int many = is_prefill(c) || is_small(run);
+    c->tile = !c->args->transpose ? QZ_TILE_COLUMNS : many ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
     while (!c->args->transpose && c->tile > c->group_size && c->n / c->tile < 4 * threads) c->tile /= 2;
     c->tiles = (c->n + c->tile - 1) / c->tile;
     c->parts = threads > 1 && c->m >= MIN_ROWS ? (4 * threads + c->tiles - 1) / c->tiles : 1;
@@ -144,9 +155,22 @@ static qz_status multiply_not_finite(const chunk *c, char *record, const qz_run 
     return QZ_OK;
 }
 
+/* All of a chunk, as one task. */
+static void do_chunk(void *context, ptrdiff_t begin, ptrdiff_t end) {
+    chunk *c = context;
+    (void)begin, (void)end;
+    if (c->args->transpose || !c->in_place) prepare_rows(c, 0, c->m);
+    multiply_tiles(c, 0, c->tiles * c->parts);
+}
+
 static qz_status multiply_chunk(chunk *c, char *record, const qz_run *run) {
     ptrdiff_t grain = 16384 / (c->k + 1) + 1;
     memset(c->not_finite, 0, (size_t)c->m);
+    if (is_small(run)) {
+        share_out(c, run, &grain);
+        const qz_status done = qz_parallel(do_chunk, c, 1, 1, run);
+        return done == QZ_OK ? multiply_not_finite(c, record, run) : done;
+    }
     qz_status status = qz_poll_between(run, c->polled);
     if (status == QZ_OK && (c->args->transpose || !c->in_place))
         status = qz_parallel(prepare_rows, c, c->m, grain, run);
@@ -210,8 +234,12 @@ qz_status qz_cpu_matmul(const qz_plan *plan, const qz_matmul_args *args, const q
     if (args->digits == 0) return qz_cpu_matmul_float(plan, args, run);
     const int dims = args->x.ndim - 2;
     ptrdiff_t batch = qz_count(&args->x, dims), rows = args->x.shape[dims];
-    chunk c = {.plan = plan, .args = args, .n = qz_padded_outputs(args), .k = qz_padded_inputs(args)};
-    buffers b = {0};
+    chunk c; /* set piece by piece: to clear it takes longer than a row of a small matrix */
+    buffers b;
+    c.plan = plan;
+    c.args = args;
+    c.n = qz_padded_outputs(args);
+    c.k = qz_padded_inputs(args);
     if (batch * rows == 0 || c.n == 0) return QZ_OK;
     c.kernels = plan->kernels->format(args->format, args->group_slot);
     c.group_size = qz_formats[args->format].group_sizes[args->group_slot];

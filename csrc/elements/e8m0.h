@@ -12,6 +12,4 @@ QZ_INLINE v_i32 e8m0_floor(v_f32 most, int exponent) {
     return max_i32(sub_i32(shr_u32(bits_of_f32(most), 23), set1_i32(exponent)), set1_i32(0));
 }
 
-QZ_INLINE v_f32 decode_e8m0(v_i32 code) {
-    return f32_of_bits(select_i32(greater_i32(code, set1_i32(0)), shl_i32(code, 23), set1_i32(0x400000)));
-}
+QZ_INLINE v_f32 decode_e8m0(v_i32 code) { return f32_of_bits(max_i32(shl_i32(code, 23), set1_i32(0x400000))); }

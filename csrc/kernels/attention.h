@@ -1,12 +1,21 @@
 /* Attention over packed keys and values by vectors: the bits of attention_definition.h.
  *
- * Codes become centroids 32 at a time (centroids_of_32 of simd/). A single row takes them as they come. Several rows
- * share them: some positions at a time are decoded into a panel that stays in L1, and multiplied from there in tiles of
+ * Codes are read 64 at a time and become centroids 32 at a time (codes_of_64, centroids_of_32 of simd/), in the order
+ * of qz_attention_place. A single row takes them as they come. Several rows share them: some positions at a time are
+ * decoded into a panel that stays in L1, and multiplied from there in tiles of
  * rows by positions, or of rows by vectors of values. */
 #include "attention_math.h"
 
-/* Vectors of 16 chains, and of 32 codes; floats of a panel. */
-enum { CHAIN_VECTORS = 16 / QZ_LANES, CODE_VECTORS = 32 / QZ_LANES, PANEL_FLOATS = 4096 };
+/* Vectors of 16 chains, and of 32 codes, half a unit; floats of a panel; passes of a tile of scores over the chains,
+ * and vectors of chains in each. */
+enum {
+    UNIT = QZ_ATTENTION_UNIT,
+    CHAIN_VECTORS = QZ_CHAIN_VECTORS,
+    HALF_VECTORS = 32 / QZ_LANES,
+    PANEL_FLOATS = 4096,
+    PASSES = CHAIN_VECTORS > 1 ? 2 : 1,
+    PASS_VECTORS = CHAIN_VECTORS / PASSES
+};
 
 QZ_INLINE v_f32 exp_of_f32(v_f32 x) {
     x = max_f32(set1_f32(QZ_EXP_LOWEST), x);
@@ -37,22 +46,19 @@ QZ_INLINE v_f32 tanh_of_f32(v_f32 x) {
     return f32_of_bits(select_i32(is_large, or_i32(bits_of_f32(large), sign), bits_of_f32(small)));
 }
 
-/* In every lane the sum of 16 chains, added by halves, or the greatest of 16. */
-#define QZ_OF_16(name, op)                                                       \
-    QZ_INLINE v_f32 name(const v_f32 chains[CHAIN_VECTORS]) {                    \
-        v_f32 v = chains[0];                                                     \
-        if (CHAIN_VECTORS == 2) v = op(v, chains[CHAIN_VECTORS - 1]);            \
-        if (CHAIN_VECTORS == 4) {                                                \
-            v = op(v, chains[CHAIN_VECTORS / 2]);                                \
-            v = op(v, op(chains[CHAIN_VECTORS / 4], chains[CHAIN_VECTORS - 1])); \
-        }                                                                        \
-        if (QZ_LANES > 8) v = op(v, partner_f32(v, 8));                          \
-        if (QZ_LANES > 4) v = op(v, partner_f32(v, 4));                          \
-        v = op(v, partner_f32(v, 2));                                            \
-        return op(v, partner_f32(v, 1));                                         \
+QZ_JOIN_CHAINS(greatest_chains, max_f32)
+
+/* Of all chains the sum in every lane, or the greatest. */
+#define QZ_OF_16(name, join, op)                              \
+    QZ_INLINE v_f32 name(const v_f32 chains[CHAIN_VECTORS]) { \
+        v_f32 v = join(chains);                               \
+        if (QZ_LANES > 8) v = op(v, partner_f32(v, 8));       \
+        if (QZ_LANES > 4) v = op(v, partner_f32(v, 4));       \
+        v = op(v, partner_f32(v, 2));                         \
+        return op(v, partner_f32(v, 1));                      \
     }
-QZ_OF_16(sum_of_16, add_f32)
-QZ_OF_16(greatest_of_16, max_f32)
+QZ_OF_16(sum_of_16, joined_chains, add_f32)
+QZ_OF_16(greatest_of_16, greatest_chains, max_f32)
 
 /* ---- codes ---- */
 
@@ -61,44 +67,53 @@ QZ_INLINE ptrdiff_t bytes_of_codes(const qz_kv_block *k, ptrdiff_t count) {
     return k->in_bytes ? count : count / 8 * k->bits;
 }
 
-/* The last codes of a row, fewer than 32, are decoded from a copy: nothing may be read after them. */
-QZ_INLINE void centroids_of_rest(v_f32 *to, const uint8_t *from, ptrdiff_t count, const qz_kv_block *k,
-                                 const v_centroids *c, int bits, int in_bytes) {
-    uint8_t copy[32] = {0};
-    memcpy(copy, from, (size_t)bytes_of_codes(k, count));
-    centroids_of_32(to, copy, c, bits, in_bytes);
+/* Floats of a row in places. */
+QZ_INLINE ptrdiff_t pitch_of(const qz_kv_block *k) { return (k->length + UNIT - 1) / UNIT * UNIT; }
+
+/* The codes of a row from the unit at j on. The last ones, if fewer than a unit, come from a copy: nothing may be read
+ * after them. */
+QZ_INLINE v_codes codes_at(const uint8_t *from, ptrdiff_t j, const qz_kv_block *k, int bits, int is_rest) {
+    uint8_t copy[UNIT];
+    from += j / 8 * bits;
+    if (is_rest) {
+        memset(copy, 0, sizeof copy);
+        memcpy(copy, from, (size_t)bytes_of_codes(k, k->length - j));
+        from = copy;
+    }
+    return codes_of_64(from, bits);
 }
 
-/* Decodes rows into a panel, each to whole units of 32. */
+/* Decodes rows into a panel, each to whole units. */
 QZ_INLINE void fill_panel(float *panel, ptrdiff_t pitch, const qz_kv_block *k, ptrdiff_t first, ptrdiff_t count,
-                          const v_centroids *c, int bits, int in_bytes) {
-    const ptrdiff_t unit = in_bytes ? 32 : 4 * bits, whole = k->length / 32 * 32;
+                          const v_centroids *c, int bits, int is_wide) {
     for (ptrdiff_t i = 0; i < count; i++) {
         const uint8_t *from = k->codes + (first + i) * k->stride;
-        v_f32 values[CODE_VECTORS];
-        for (ptrdiff_t j = 0; j < pitch; j += 32, from += unit) {
-            if (j < whole) {
-                centroids_of_32(values, from, c, bits, in_bytes);
-            } else {
-                centroids_of_rest(values, from, k->length - j, k, c, bits, in_bytes);
-            }
+        for (ptrdiff_t j = 0; j < pitch; j += UNIT) {
+            const int is_rest = k->length - j < UNIT;
+            const v_codes codes = is_rest ? codes_at(from, j, k, bits, 1) : codes_at(from, j, k, bits, 0);
             QZ_UNROLL
-            for (int v = 0; v < CODE_VECTORS; v++) store_f32(panel + i * pitch + j + v * QZ_LANES, values[v]);
+            for (int half = 0; half < 2; half++) {
+                v_f32 values[HALF_VECTORS];
+                float *to = panel + i * pitch + j + half * UNIT / 2;
+                centroids_of_32(values, codes, c, bits, is_wide, half);
+                QZ_UNROLL
+                for (int v = 0; v < HALF_VECTORS; v++) store_f32(to + v * QZ_LANES, values[v]);
+            }
         }
     }
 }
 
-/* Asks for the rows that come after these. */
-QZ_INLINE void prefetch_rows(const qz_kv_block *k, ptrdiff_t position, ptrdiff_t bytes) {
+/* Asks for the row that is a call's positions ahead. */
+QZ_INLINE void prefetch_row(const qz_kv_block *k, ptrdiff_t position, ptrdiff_t bytes) {
     const uint8_t *ahead = k->codes + (position + k->positions) * k->stride;
     for (ptrdiff_t at = 0; at < bytes; at += 64) prefetch(ahead + at);
 }
 
 /* ---- scores ---- */
 
-/* Adds products with the scales to the scores of `count` positions. */
+/* Adds products with the scales to the scores of `count` positions, of each of which a vector of chains is left. */
 QZ_INLINE void add_scores(float *scores, const float *scales, const float *chains, ptrdiff_t count) {
-    const v_f32 products = sum_of_each_16(chains);
+    const v_f32 products = sum_of_each(chains);
     if (count >= QZ_LANES) {
         store_f32(scores, fused_f32(load_f32(scales), products, load_f32(scores)));
         return;
@@ -108,50 +123,75 @@ QZ_INLINE void add_scores(float *scores, const float *scales, const float *chain
     for (ptrdiff_t i = 0; i < count; i++) scores[i] = fmaf(scales[i], sums[i], scores[i]);
 }
 
-/* One row; length is a multiple of 32. */
-QZ_INLINE void score_one(const qz_kv_block *k, const float *q, float *scores, int bits, int in_bytes) {
+/* Adds a unit of some positions to their chains. */
+QZ_INLINE void add_unit(v_f32 (*sums)[CHAIN_VECTORS], const uint8_t *from, ptrdiff_t j, const qz_kv_block *k,
+                        const float *q, const v_centroids *c, int bits, int is_wide, int positions, int is_rest) {
+    QZ_UNROLL
+    for (int half = 0; half < 2; half++) {
+        QZ_UNROLL
+        for (int p = 0; p < positions; p++) {
+            v_f32 values[HALF_VECTORS];
+            centroids_of_32(values, codes_at(from + p * k->stride, j, k, bits, is_rest), c, bits, is_wide, half);
+            QZ_UNROLL
+            for (int v = 0; v < HALF_VECTORS; v++) {
+                v_f32 *sum = &sums[p][v % CHAIN_VECTORS];
+                *sum = fused_f32(values[v], load_f32(q + j + half * UNIT / 2 + v * QZ_LANES), *sum);
+            }
+        }
+    }
+}
+
+/* What is left of the chains of a row with some positions. */
+QZ_INLINE void chains_of_codes(float *chains, const uint8_t *from, const qz_kv_block *k, const float *q,
+                               const v_centroids *c, int bits, int is_wide, int positions) {
+    v_f32 sums[QZ_SCORE_TOGETHER][CHAIN_VECTORS];
+    ptrdiff_t j = 0;
+    QZ_UNROLL
+    for (int p = 0; p < positions; p++) {
+        QZ_UNROLL
+        for (int v = 0; v < CHAIN_VECTORS; v++) sums[p][v] = set1_f32(0);
+    }
+    for (; j + UNIT <= k->length; j += UNIT) add_unit(sums, from, j, k, q, c, bits, is_wide, positions, 0);
+    if (j < k->length) add_unit(sums, from, j, k, q, c, bits, is_wide, positions, 1);
+    QZ_UNROLL
+    for (int p = 0; p < positions; p++) store_f32(chains + p * QZ_LANES, joined_chains(sums[p]));
+}
+
+/* One row. */
+QZ_INLINE void score_one(const qz_kv_block *k, const float *q, float *scores, int bits, int is_wide) {
+    enum { TOGETHER = QZ_SCORE_TOGETHER };
     const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t unit = in_bytes ? 32 : 4 * bits, bytes = bytes_of_codes(k, k->length);
-    float chains[QZ_LANES * 16] = {0};
+    const ptrdiff_t bytes = bytes_of_codes(k, k->length);
+    float chains[QZ_LANES * QZ_LANES] = {0};
     for (ptrdiff_t first = 0; first < k->positions; first += QZ_LANES) {
         const ptrdiff_t count = k->positions - first < QZ_LANES ? k->positions - first : QZ_LANES;
-        for (ptrdiff_t i = 0; i < count; i++) {
-            const uint8_t *from = k->codes + (first + i) * k->stride;
-            v_f32 sums[CHAIN_VECTORS], values[CODE_VECTORS];
-            prefetch_rows(k, first + i, bytes);
-            QZ_UNROLL
-            for (int v = 0; v < CHAIN_VECTORS; v++) sums[v] = set1_f32(0);
-            for (ptrdiff_t j = 0; j < k->length; j += 32, from += unit) {
-                centroids_of_32(values, from, &c, bits, in_bytes);
-                QZ_UNROLL
-                for (int v = 0; v < CODE_VECTORS; v++) {
-                    v_f32 *sum = &sums[v % CHAIN_VECTORS];
-                    *sum = fused_f32(values[v], load_f32(q + j + v * QZ_LANES), *sum);
-                }
-            }
-            QZ_UNROLL
-            for (int v = 0; v < CHAIN_VECTORS; v++) store_f32(chains + i * 16 + v * QZ_LANES, sums[v]);
-        }
+        const uint8_t *from = k->codes + first * k->stride;
+        ptrdiff_t i = 0;
+        for (ptrdiff_t p = 0; p < count; p++) prefetch_row(k, first + p, bytes);
+        for (; i + TOGETHER <= count; i += TOGETHER)
+            chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, &c, bits, is_wide, TOGETHER);
+        for (; i < count; i++) chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, &c, bits, is_wide, 1);
         add_scores(scores + first, k->scales + first, chains, count);
     }
 }
 
-/* The chains of some rows with some positions, constants once inlined. */
+/* Chains of some rows with some positions, constants once inlined: in each pass those of other vectors, since there are
+ * not enough registers for all. What is left of two passes is added. */
 QZ_INLINE void chains_of_tile(float *chains, const float *q, ptrdiff_t stride, const float *panel, ptrdiff_t pitch,
-                              int rows, int positions) {
-    v_f32 sums[4][4][CHAIN_VECTORS];
+                              int rows, int positions, int pass) {
+    v_f32 sums[4][4][PASS_VECTORS];
     QZ_UNROLL
     for (int r = 0; r < rows; r++) {
         QZ_UNROLL
         for (int p = 0; p < positions; p++) {
             QZ_UNROLL
-            for (int v = 0; v < CHAIN_VECTORS; v++) sums[r][p][v] = set1_f32(0);
+            for (int v = 0; v < PASS_VECTORS; v++) sums[r][p][v] = set1_f32(0);
         }
     }
-    for (ptrdiff_t j = 0; j < pitch; j += 16) {
+    for (ptrdiff_t j = pass * QZ_LANES; j < pitch; j += 16) {
         QZ_UNROLL
-        for (int v = 0; v < CHAIN_VECTORS; v++) {
-            const ptrdiff_t at = j + v * QZ_LANES;
+        for (int v = 0; v < PASS_VECTORS; v++) {
+            const ptrdiff_t at = j + v * PASSES * QZ_LANES;
             v_f32 of_panel[4];
             QZ_UNROLL
             for (int p = 0; p < positions; p++) of_panel[p] = load_f32(panel + p * pitch + at);
@@ -168,9 +208,10 @@ QZ_INLINE void chains_of_tile(float *chains, const float *q, ptrdiff_t stride, c
     for (int r = 0; r < rows; r++) {
         QZ_UNROLL
         for (int p = 0; p < positions; p++) {
-            QZ_UNROLL
-            for (int v = 0; v < CHAIN_VECTORS; v++)
-                store_f32(chains + (r * QZ_LANES + p) * 16 + v * QZ_LANES, sums[r][p][v]);
+            float *to = chains + (r * QZ_LANES + p) * QZ_LANES;
+            v_f32 sum = sums[r][p][0];
+            if (PASS_VECTORS == 2) sum = add_f32(sum, sums[r][p][PASS_VECTORS - 1]);
+            store_f32(to, pass == 0 ? sum : add_f32(load_f32(to), sum));
         }
     }
 }
@@ -178,20 +219,23 @@ QZ_INLINE void chains_of_tile(float *chains, const float *q, ptrdiff_t stride, c
 /* Scores of some rows with up to QZ_LANES positions of a panel. */
 QZ_INLINE void score_tile(const qz_kv_rows *rows, ptrdiff_t row, const float *panel, ptrdiff_t pitch, float *scores,
                           const float *scales, ptrdiff_t count, int together) {
-    float chains[4 * QZ_LANES * 16];
+    float chains[4 * QZ_LANES * QZ_LANES];
     const float *q = rows->data + row * rows->stride;
-    ptrdiff_t i = 0;
-    if (count < QZ_LANES) memset(chains, 0, sizeof chains); /* all lanes are added up */
     const int step = together > 1 ? QZ_SCORE_POSITIONS : 4; /* a row alone needs more sums side by side */
-    for (; i + step <= count; i += step)
-        chains_of_tile(chains + i * 16, q, rows->stride, panel + i * pitch, pitch, together, step);
-    for (; i < count; i++) chains_of_tile(chains + i * 16, q, rows->stride, panel + i * pitch, pitch, together, 1);
-    for (int r = 0; r < together; r++) {
-        add_scores(scores + (row + r) * QZ_ATTENTION_TILE, scales, chains + r * QZ_LANES * 16, count);
+    if (count < QZ_LANES) memset(chains, 0, sizeof chains); /* all lanes are added up */
+    QZ_UNROLL
+    for (int pass = 0; pass < PASSES; pass++) {
+        ptrdiff_t i = 0;
+        for (; i + step <= count; i += step)
+            chains_of_tile(chains + i * QZ_LANES, q, rows->stride, panel + i * pitch, pitch, together, step, pass);
+        for (; step > 2 && i + 2 <= count; i += 2)
+            chains_of_tile(chains + i * QZ_LANES, q, rows->stride, panel + i * pitch, pitch, together, 2, pass);
+        for (; i < count; i++)
+            chains_of_tile(chains + i * QZ_LANES, q, rows->stride, panel + i * pitch, pitch, together, 1, pass);
     }
+    for (int r = 0; r < together; r++)
+        add_scores(scores + (row + r) * QZ_ATTENTION_TILE, scales, chains + r * QZ_LANES * QZ_LANES, count);
 }
-
-QZ_INLINE ptrdiff_t pitch_of(const qz_kv_block *k) { return (k->length + 31) / 32 * 32; }
 
 /* Positions decoded together: whole vectors of them where a panel holds so many. */
 QZ_INLINE ptrdiff_t panel_positions(ptrdiff_t pitch) {
@@ -211,9 +255,9 @@ QZ_INLINE void score_panel(const qz_kv_block *k, const qz_kv_rows *rows, float *
     }
 }
 
-QZ_INLINE void score(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int in_bytes) {
-    if (rows->count == 1 && k->length % 32 == 0) {
-        score_one(k, rows->data, scores, bits, in_bytes);
+QZ_INLINE void score(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
+    if (rows->count == 1) {
+        score_one(k, rows->data, scores, bits, is_wide);
         return;
     }
     const v_centroids c = load_centroids(k->centroids, k->planes);
@@ -221,8 +265,8 @@ QZ_INLINE void score(const qz_kv_block *k, const qz_kv_rows *rows, float *scores
     _Alignas(64) float panel[PANEL_FLOATS];
     for (ptrdiff_t first = 0; first < k->positions; first += most) {
         const ptrdiff_t count = k->positions - first < most ? k->positions - first : most;
-        for (ptrdiff_t i = 0; i < count; i++) prefetch_rows(k, first + i, bytes);
-        fill_panel(panel, pitch, k, first, count, &c, bits, in_bytes);
+        for (ptrdiff_t i = 0; i < count; i++) prefetch_row(k, first + i, bytes);
+        fill_panel(panel, pitch, k, first, count, &c, bits, is_wide);
         score_panel(k, rows, scores, panel, pitch, first, count);
     }
 }
@@ -245,40 +289,51 @@ QZ_INLINE void scale_weights(float *to, const float *weights, const float *scale
     }
 }
 
-/* One row, `units` times 32 values of it, for all positions. */
-QZ_INLINE void weigh_strip(const qz_kv_block *k, const float *weights, float *to, const uint8_t *codes,
-                           const v_centroids *c, int bits, int in_bytes, int units) {
-    const ptrdiff_t unit = in_bytes ? 32 : 4 * bits;
-    v_f32 sums[QZ_WEIGH_UNITS * CODE_VECTORS], values[CODE_VECTORS];
+/* One row, from place j on some halves of units of it, the first of which is `half`, for all positions. */
+QZ_INLINE void weigh_strip(const qz_kv_block *k, const float *weights, float *to, ptrdiff_t j, const v_centroids *c,
+                           int bits, int is_wide, int half, int halves, int is_rest) {
+    v_f32 sums[(QZ_WEIGH_HALVES > 2 ? QZ_WEIGH_HALVES : 2) * HALF_VECTORS];
+    const uint8_t *from = k->codes;
+    to += j + half * (UNIT / 2);
     QZ_UNROLL
-    for (int v = 0; v < units * CODE_VECTORS; v++) sums[v] = load_f32(to + v * QZ_LANES);
-    for (ptrdiff_t i = 0; i < k->positions; i++) {
+    for (int v = 0; v < halves * HALF_VECTORS; v++) sums[v] = load_f32(to + v * QZ_LANES);
+    for (ptrdiff_t i = 0; i < k->positions; i++, from += k->stride) {
         const v_f32 weight = set1_f32(weights[i]);
         QZ_UNROLL
-        for (int u = 0; u < units; u++) {
-            centroids_of_32(values, codes + i * k->stride + u * unit, c, bits, in_bytes);
+        for (int h = 0; h < halves; h++) {
+            const v_codes codes = codes_at(from, j + (half + h) / 2 * UNIT, k, bits, is_rest);
+            v_f32 values[HALF_VECTORS], *sum = sums + h * HALF_VECTORS;
+            centroids_of_32(values, codes, c, bits, is_wide, (half + h) % 2);
             QZ_UNROLL
-            for (int v = 0; v < CODE_VECTORS; v++) {
-                v_f32 *sum = &sums[u * CODE_VECTORS + v];
-                *sum = fused_f32(weight, values[v], *sum);
-            }
+            for (int v = 0; v < HALF_VECTORS; v++) sum[v] = fused_f32(weight, values[v], sum[v]);
         }
     }
     QZ_UNROLL
-    for (int v = 0; v < units * CODE_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
+    for (int v = 0; v < halves * HALF_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
 }
 
-QZ_INLINE void weigh_one(const qz_kv_block *k, const float *weights, float *to, int bits, int in_bytes) {
+/* A unit of a row: halves one after the other where registers are few, unless codes take long to unpack. */
+QZ_INLINE void weigh_unit(const qz_kv_block *k, const float *weights, float *to, ptrdiff_t j, const v_centroids *c,
+                          int bits, int is_wide, int is_rest) {
+    if (QZ_WEIGH_HALVES > 1 || bits != 4) {
+        weigh_strip(k, weights, to, j, c, bits, is_wide, 0, 2, is_rest);
+    } else {
+        weigh_strip(k, weights, to, j, c, bits, is_wide, 0, 1, is_rest);
+        weigh_strip(k, weights, to, j, c, bits, is_wide, 1, 1, is_rest);
+    }
+}
+
+QZ_INLINE void weigh_one(const qz_kv_block *k, const float *weights, float *to, int bits, int is_wide) {
     const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t unit = in_bytes ? 32 : 4 * bits, bytes = bytes_of_codes(k, k->length);
-    const uint8_t *codes = k->codes;
+    const ptrdiff_t bytes = bytes_of_codes(k, k->length), step = QZ_WEIGH_HALVES / 2 * UNIT;
     _Alignas(64) float scaled[QZ_ATTENTION_TILE];
-    scale_weights(scaled, weights, k->scales);
-    for (ptrdiff_t i = 0; i < k->positions; i++) prefetch_rows(k, i, bytes);
     ptrdiff_t j = 0;
-    for (; j + 32 * QZ_WEIGH_UNITS <= k->length; j += 32 * QZ_WEIGH_UNITS, codes += QZ_WEIGH_UNITS * unit)
-        weigh_strip(k, scaled, to + j, codes, &c, bits, in_bytes, QZ_WEIGH_UNITS);
-    for (; j < k->length; j += 32, codes += unit) weigh_strip(k, scaled, to + j, codes, &c, bits, in_bytes, 1);
+    scale_weights(scaled, weights, k->scales);
+    for (ptrdiff_t i = 0; i < k->positions; i++) prefetch_row(k, i, bytes);
+    for (; step > UNIT && j + step <= k->length; j += step)
+        weigh_strip(k, scaled, to, j, &c, bits, is_wide, 0, QZ_WEIGH_HALVES, 0);
+    for (; j + UNIT <= k->length; j += UNIT) weigh_unit(k, scaled, to, j, &c, bits, is_wide, 0);
+    if (j < k->length) weigh_unit(k, scaled, to, j, &c, bits, is_wide, 1);
 }
 
 /* Some rows by some vectors of values, constants once inlined. */
@@ -291,14 +346,15 @@ QZ_INLINE void weigh_tile(float *to, ptrdiff_t stride, const float *weights, con
         for (int v = 0; v < vectors; v++) sums[r][v] = load_f32(to + r * stride + v * QZ_LANES);
     }
     for (ptrdiff_t i = 0; i < count; i++) {
-        v_f32 of_panel[4];
+        v_f32 of_rows[4];
         QZ_UNROLL
-        for (int v = 0; v < vectors; v++) of_panel[v] = load_f32(panel + i * pitch + v * QZ_LANES);
+        for (int r = 0; r < rows; r++) of_rows[r] = set1_f32(weights[r * QZ_ATTENTION_TILE + i]);
         QZ_UNROLL
-        for (int r = 0; r < rows; r++) {
-            const v_f32 weight = set1_f32(weights[r * QZ_ATTENTION_TILE + i]);
+        for (int v = 0; v < vectors; v++) {
+            v_f32 of_panel = load_f32(panel + i * pitch + v * QZ_LANES);
+            QZ_HOLD(of_panel); /* else compilers load it anew for each product */
             QZ_UNROLL
-            for (int v = 0; v < vectors; v++) sums[r][v] = fused_f32(weight, of_panel[v], sums[r][v]);
+            for (int r = 0; r < rows; r++) sums[r][v] = fused_f32(of_rows[r], of_panel, sums[r][v]);
         }
     }
     QZ_UNROLL
@@ -310,23 +366,31 @@ QZ_INLINE void weigh_tile(float *to, ptrdiff_t stride, const float *weights, con
 
 QZ_INLINE void weigh_panel(const qz_kv_rows *rows, const float *weights, const float *panel, ptrdiff_t pitch,
                            ptrdiff_t count) {
-    enum { STEP = QZ_WEIGH_VECTORS * QZ_LANES };
-    for (ptrdiff_t j = 0; j < pitch; j += STEP) {
+    enum { ROWS = QZ_WEIGH_ROWS, VECTORS = QZ_WEIGH_VECTORS };
+    const ptrdiff_t stride = rows->stride;
+    for (ptrdiff_t j = 0; j < pitch; j += VECTORS * QZ_LANES) {
         ptrdiff_t row = 0;
-        for (; row + 4 <= rows->count; row += 4) {
-            weigh_tile(rows->data + row * rows->stride + j, rows->stride, weights + row * QZ_ATTENTION_TILE, panel + j,
-                       pitch, count, 4, QZ_WEIGH_VECTORS);
-        }
-        for (; row < rows->count; row++) {
-            weigh_tile(rows->data + row * rows->stride + j, rows->stride, weights + row * QZ_ATTENTION_TILE, panel + j,
-                       pitch, count, 1, QZ_WEIGH_VECTORS);
+        for (; row < rows->count;) {
+            float *to = rows->data + row * stride + j;
+            const float *of_rows = weights + row * QZ_ATTENTION_TILE;
+            const ptrdiff_t left = rows->count - row;
+            if (left >= ROWS) {
+                weigh_tile(to, stride, of_rows, panel + j, pitch, count, ROWS, VECTORS);
+                row += ROWS;
+            } else if (left >= 2) {
+                weigh_tile(to, stride, of_rows, panel + j, pitch, count, 2, VECTORS);
+                row += 2;
+            } else {
+                weigh_tile(to, stride, of_rows, panel + j, pitch, count, 1, VECTORS);
+                row++;
+            }
         }
     }
 }
 
-QZ_INLINE void weigh(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits, int in_bytes) {
-    if (rows->count == 1 && k->length % 32 == 0) {
-        weigh_one(k, weights, rows->data, bits, in_bytes);
+QZ_INLINE void weigh(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits, int is_wide) {
+    if (rows->count == 1) {
+        weigh_one(k, weights, rows->data, bits, is_wide);
         return;
     }
     const v_centroids c = load_centroids(k->centroids, k->planes);
@@ -336,22 +400,24 @@ QZ_INLINE void weigh(const qz_kv_block *k, const qz_kv_rows *rows, const float *
         scale_weights(scaled + row * QZ_ATTENTION_TILE, weights + row * QZ_ATTENTION_TILE, k->scales);
     for (ptrdiff_t first = 0; first < k->positions; first += most) {
         const ptrdiff_t count = k->positions - first < most ? k->positions - first : most;
-        for (ptrdiff_t i = 0; i < count; i++) prefetch_rows(k, first + i, bytes);
-        fill_panel(panel, pitch, k, first, count, &c, bits, in_bytes);
+        for (ptrdiff_t i = 0; i < count; i++) prefetch_row(k, first + i, bytes);
+        fill_panel(panel, pitch, k, first, count, &c, bits, is_wide);
         weigh_panel(rows, scaled + first, panel, pitch, count);
     }
 }
 
 /* ---- a copy for each width ---- */
 
-#define QZ_EACH_WIDTH(call)                       \
-    switch (k->in_bytes ? 0 : k->bits) {          \
-    case 2: call(k, rows, of_tile, 2, 0); break;  \
-    case 3: call(k, rows, of_tile, 3, 0); break;  \
-    case 4: call(k, rows, of_tile, 4, 0); break;  \
-    case 5: call(k, rows, of_tile, 5, 0); break;  \
-    case 6: call(k, rows, of_tile, 6, 0); break;  \
-    default: call(k, rows, of_tile, 8, 1); break; \
+/* Codes of 8 bits are bytes; theirs, and codec 1's of 4 bits, are values of four bytes. */
+#define QZ_EACH_WIDTH(call)                                     \
+    switch (k->in_bytes ? 8 : k->bits + 16 * !k->is_bfloat16) { \
+    case 2: call(k, rows, of_tile, 2, 0); break;                \
+    case 3: call(k, rows, of_tile, 3, 0); break;                \
+    case 4: call(k, rows, of_tile, 4, 0); break;                \
+    case 4 + 16: call(k, rows, of_tile, 4, 1); break;           \
+    case 5: call(k, rows, of_tile, 5, 0); break;                \
+    case 6: call(k, rows, of_tile, 6, 0); break;                \
+    default: call(k, rows, of_tile, 8, 1); break;               \
     }
 
 static void QZ_NAME(score)(const qz_kv_block *k, const qz_kv_rows *rows, float *of_tile) { QZ_EACH_WIDTH(score) }

@@ -14,10 +14,10 @@
  * g(m' - 1) times the sum of magnitudes, for all its rows together by g(m' - 1) sqrt(m') of the result's norm. The
  * factor 1 / sqrt(B) is rounded, and so is the product with it: r(B) = g(k' + 2 + (m' - 1) sqrt(m')).
  *
- * d_i, a score: |q| |k_i| scale (r(B) + g(N)), N = B / 16 + 4 + 2 D / B + 5. N counts a chain's products, the levels
- * that add chains, a block's scale and sum (2 each), and the factors: scale, itself rounded, and a codec's. Cauchy's
- * inequality bounds the sums of magnitudes. softcap has a derivative of at most 1; quotient, tanh (below 6 u) and
- * product add 8 u |s_i|. An added mask m is rounded once, and so is the sum: u (|m| + |s_i + m|).
+ * d_i, a score: |q| |k_i| scale (r(B) + g(N)), N = 4 ceil(B / 64) + 4 + 2 D / B + 5. N counts a chain's products, the
+ * levels that add chains, a block's scale and sum (2 each), and the factors: scale, itself rounded, and a codec's.
+ * Cauchy's inequality bounds the sums of magnitudes. softcap has a derivative of at most 1; quotient, tanh (below 6 u)
+ * and product add 8 u |s_i|. An added mask m is rounded once, and so is the sum: u (|m| + |s_i + m|).
  *
  * e_i, a weight, relative: exp is off by 4 u and its product by u in each step: from a score to the tile's greatest,
  * from there to the chunk's and to all positions'. The steps' differences, each rounded, add up to M - s_i. A position
@@ -66,18 +66,26 @@ static float sum_of_16(float *chains) {
     return chains[0];
 }
 
+/* Floats of a row in places. */
+static ptrdiff_t pitch_of(const qz_kv_block *k) {
+    return (k->length + QZ_ATTENTION_UNIT - 1) / QZ_ATTENTION_UNIT * QZ_ATTENTION_UNIT;
+}
+
+/* In their places; where there is no element, queries are 0 and nobody looks at sums. */
 static void centroids_of_row(float *to, const qz_kv_block *k, ptrdiff_t position) {
     const uint8_t *from = k->codes + position * k->stride;
     uint8_t codes[QZ_MAX_HEAD_DIM];
+    for (ptrdiff_t j = k->length / QZ_ATTENTION_UNIT * QZ_ATTENTION_UNIT; j < pitch_of(k); j++) to[j] = 0;
     if (k->in_bytes) {
         memcpy(codes, from, (size_t)k->length);
     } else {
         unpack_bits(codes, from, k->bits, k->length);
     }
-    for (ptrdiff_t j = 0; j < k->length; j++) to[j] = k->centroids[codes[j] & ((1 << k->bits) - 1)];
+    for (ptrdiff_t j = 0; j < k->length; j++) to[qz_attention_place(j)] = k->centroids[codes[j] & ((1 << k->bits) - 1)];
 }
 
-/* scores += scale * <q, centroids>: element j in chain j mod 16. */
+/* scores += scale * <q, centroids>: what stands at place j in chain j mod 16, so that of 64 elements each chain takes
+ * four neighbours, first the even ones. */
 static void QZ_NAME(score)(const qz_kv_block *k, const qz_kv_rows *rows, float *scores) {
     float centroids[QZ_MAX_HEAD_DIM];
     for (ptrdiff_t i = 0; i < k->positions; i++) {
@@ -85,7 +93,7 @@ static void QZ_NAME(score)(const qz_kv_block *k, const qz_kv_rows *rows, float *
         for (ptrdiff_t row = 0; row < rows->count; row++) {
             const float *q = rows->data + row * rows->stride;
             float chains[16] = {0}, *score = scores + row * QZ_ATTENTION_TILE + i;
-            for (ptrdiff_t j = 0; j < k->length; j++) chains[j % 16] = fmaf(centroids[j], q[j], chains[j % 16]);
+            for (ptrdiff_t j = 0; j < pitch_of(k); j++) chains[j % 16] = fmaf(centroids[j], q[j], chains[j % 16]);
             *score = fmaf(k->scales[i], sum_of_16(chains), *score);
         }
     }
@@ -99,7 +107,7 @@ static void QZ_NAME(weigh)(const qz_kv_block *v, const qz_kv_rows *rows, const f
         for (ptrdiff_t row = 0; row < rows->count; row++) {
             const float scaled = weighed(v->scales[i], weights[row * QZ_ATTENTION_TILE + i]);
             float *to = rows->data + row * rows->stride;
-            for (ptrdiff_t j = 0; j < v->length; j++) to[j] = fmaf(scaled, centroids[j], to[j]);
+            for (ptrdiff_t j = 0; j < pitch_of(v); j++) to[j] = fmaf(scaled, centroids[j], to[j]);
         }
     }
 }

@@ -16,22 +16,16 @@ QZ_INLINE ptrdiff_t group_of(ptrdiff_t block, int per_group) {
 }
 
 /* QZ_LANES blocks' scales; where a group is two blocks, each serves two. */
-QZ_INLINE v_f32 load_block_scales(const char *from, qz_type type, int per_group, int bits) {
-    if (bits == QZ_FP4 && type != QZ_F32) return scales_of_bytes((const uint8_t *)from, type);
+QZ_INLINE v_f32 load_block_scales(const char *from, qz_type type, int per_group) {
     v_f32 v = type == QZ_F16    ? f32_from_f16((const uint16_t *)from)
               : type == QZ_BF16 ? f32_from_bf16((const uint16_t *)from)
                                 : load_f32((const float *)from);
     return per_group == 1 ? v : double_lanes(v);
 }
 
-/* The integer sums of one step, in one vector for each class of digits: low of all digits together, or, in wide
- * formats, of the low two, and high of the top one. Where the step holds several blocks, each has some neighbouring
- * lanes. Codes come packed, or as unpack_chunk left them. */
-QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_packed, const int8_t *digits, int bits,
-                        int block, int count) {
-    const int fold = QZ_FOLD(QZ_STORED_BITS(bits)), wide = is_wide(bits, block, count), step = QZ_STEP(bits, block),
-              units = QZ_UNITS(bits, block);
-    v_u8 code[QZ_MAX_UNITS];
+/* Codes of one step, which come packed, or as unpack_chunk left them. */
+QZ_INLINE void codes_of_step(v_u8 code[QZ_MAX_UNITS], const uint8_t *from, int is_packed, int bits, int block) {
+    const int fold = QZ_FOLD(QZ_STORED_BITS(bits)), units = QZ_UNITS(bits, block);
     QZ_UNROLL
     for (int u = 0; u < units; u += fold) {
         const int place = u * QZ_VECTOR_BYTES;
@@ -39,6 +33,16 @@ QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_pac
         QZ_UNROLL
         for (int f = 0; f < fold && !is_packed; f++) code[u + f] = load_u8(from + place + f * QZ_VECTOR_BYTES);
     }
+}
+
+/* The integer sums of one step, in one vector for each class of digits: low of all digits together, or, in wide
+ * formats, of the low two, and high of the top one. Where the step holds several blocks, each has some neighbouring
+ * lanes. */
+QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_packed, const int8_t *digits, int bits,
+                        int block, int count) {
+    const int wide = is_wide(bits, block, count), step = QZ_STEP(bits, block), units = QZ_UNITS(bits, block);
+    v_u8 code[QZ_MAX_UNITS];
+    codes_of_step(code, from, is_packed, bits, block);
     *low = set1_i32(0);
     *high = set1_i32(0);
     if (wide) *high = dot4_units(*high, code, digits + 2 * step, units, QZ_DOT_BITS(bits), 1);
@@ -51,20 +55,45 @@ QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_pac
     }
 }
 
+#ifdef QZ_NARROW
+/* dot_chunk for one digit, where a step is a block. */
+QZ_INLINE v_i32 dot_chunk_narrow(const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block) {
+    const int size = is_packed ? block * QZ_STORED_BITS(bits) / 8 : block;
+    v_i32 sums[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i++) {
+        v_u8 code[QZ_MAX_UNITS];
+        codes_of_step(code, from + i * size, is_packed, bits, block);
+        sums[i] = dot_narrow(code, digits + i * block, QZ_UNITS(bits, block));
+        QZ_HOLD(sums[i]);
+        join_narrow(sums, i + 1);
+    }
+    return sums[0];
+}
+#endif
+
 /* The integer sums of QZ_LANES blocks, one a lane: sums[0] and, in wide formats, sums[1] are low and high of their
- * steps. */
+ * steps. nvfp4's come in loose order. */
 QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
                          int count) {
     const int step = QZ_STEP(bits, block), steps = QZ_LANES * block / step,
               size = is_packed ? step * QZ_STORED_BITS(bits) / 8 : step;
     v_i32 low[QZ_LANES], high[QZ_LANES];
+#ifdef QZ_NARROW
+    if (count == 1 && step == block && QZ_NARROW(QZ_DOT_BITS(bits), QZ_UNITS(bits, block))) {
+        sums[0] = dot_chunk_narrow(from, is_packed, digits, bits, block);
+        return;
+    }
+#endif
     QZ_UNROLL
     for (int i = 0; i < steps; i++) {
         dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);
         QZ_HOLD(low[i]);
+        if (!QZ_IS_LOOSE(bits, block)) join_sums(low, i + 1, steps);
+        if (is_wide(bits, block, count)) join_sums(high, i + 1, steps);
     }
-    sums[0] = sum_blocks(low, steps);
-    if (is_wide(bits, block, count)) sums[1] = sum_blocks(high, steps);
+    sums[0] = QZ_IS_LOOSE(bits, block) ? sum_pairs_loosely(low) : low[0];
+    if (is_wide(bits, block, count)) sums[1] = high[0];
 }
 
 /* float(G) from the dots of stored codes and by what they exceed those of centred ones. In wide formats low is of the
@@ -82,19 +111,21 @@ typedef struct x_numbers {
 } x_numbers;
 
 QZ_INLINE x_numbers numbers_of_chunk(const planes *x, ptrdiff_t at) {
-    return (x_numbers){load_f32(x->scale + at), load_f32(x->sum + at), load_i32(x->offset + at),
-                       load_i32(x->offset_high + at)};
+    const chunk_numbers *numbers = numbers_at(x, at);
+    return (x_numbers){load_f32(numbers->scale), load_f32(numbers->sum), load_i32(numbers->offset),
+                       load_i32(numbers->offset_high)};
 }
 QZ_INLINE x_numbers numbers_of_block(const planes *x, ptrdiff_t at) {
-    return (x_numbers){set1_f32(x->scale[at]), set1_f32(x->sum[at]), set1_i32(x->offset[at]),
-                       set1_i32(x->offset_high[at])};
+    const chunk_numbers *numbers = numbers_at(x, at);
+    const int lane = lane_of(at);
+    return (x_numbers){set1_f32(numbers->scale[lane]), set1_f32(numbers->sum[lane]), set1_i32(numbers->offset[lane]),
+                       set1_i32(numbers->offset_high[lane])};
 }
 
-/* (Gf * s + (b + c s) * S) * 2^e, each operation rounded; without a bias, Gf * s * 2^e. */
-QZ_INLINE v_f32 block_terms(const v_i32 sums[2], x_numbers x, v_f32 scales, v_f32 centred, int bits, int wide) {
-    v_f32 term = mul_f32(float_of_dots(sums[0], sums + 1, x.offset, x.offset_high, wide), scales);
-    if (QZ_HAS_BIAS(bits)) term = add_f32(term, mul_f32(centred, x.sum));
-    return mul_f32(term, x.scale);
+/* (Gf * s + (b + c s) * S) * 2^e, each operation rounded. */
+QZ_INLINE v_f32 block_terms(const v_i32 sums[2], x_numbers x, v_f32 scales, v_f32 centred, int wide) {
+    const v_f32 dots = float_of_dots(sums[0], sums + 1, x.offset, x.offset_high, wide);
+    return mul_f32(add_f32(mul_f32(dots, scales), mul_f32(centred, x.sum)), x.scale);
 }
 
 QZ_INLINE void unpack_chunk(uint8_t *codes, const uint8_t *packed, int bits, int block) {
@@ -112,17 +143,14 @@ QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *j
                            const qz_type types[2], ptrdiff_t first, int single, int bits, int block, int per_group,
                            int digits) {
     const int wide = is_wide(bits, block, digits);
-    const v_f32 s = load_block_scales(row->scales, types[0], per_group, bits);
-    v_f32 centred = s; /* of no use without a bias */
-    if (QZ_HAS_BIAS(bits)) {
-        const v_f32 b = load_block_scales(row->biases, types[1], per_group, bits);
-        centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
-    }
+    const v_f32 s = load_block_scales(row->scales, types[0], per_group);
+    const v_f32 b = load_block_scales(row->biases, types[1], per_group);
+    const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
     v_i32 sums[2];
     if (single) {
         planes x = planes_at(job->x, job->columns, block, digits);
         dot_chunk(sums, row->w, 1, x.digits + first * block * digits, bits, block, digits);
-        store_f32(terms, block_terms(sums, numbers_of_chunk(&x, first), s, centred, bits, wide));
+        store_f32(terms, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
         return;
     }
     _Alignas(64) uint8_t codes[QZ_LANES * QZ_MAX_BLOCK];
@@ -130,62 +158,113 @@ QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *j
     for (ptrdiff_t m = 0; m < job->m; m++) {
         planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
         dot_chunk(sums, codes, 0, x.digits + first * block * digits, bits, block, digits);
-        store_f32(terms + m * pitch, block_terms(sums, numbers_of_chunk(&x, first), s, centred, bits, wide));
+        store_f32(terms + m * pitch, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
     }
 }
 
 /* Where scales of a chunk are no neighbours, or reading a whole vector of them would pass their end. */
-QZ_INLINE void copy_scales(float numbers[2][QZ_LANES], row_t *row, const qz_scales *from, ptrdiff_t groups, int bits) {
+QZ_INLINE void copy_scales(float numbers[2][QZ_LANES], row_t *row, const qz_scales *from, ptrdiff_t groups) {
     memset(numbers, 0, 2 * sizeof *numbers);
     QZ_NAME(load)(numbers[0], row->scales, from->scale_group_stride, from->scale_type, groups);
-    if (QZ_HAS_BIAS(bits)) QZ_NAME(load)(numbers[1], row->biases, from->bias_group_stride, from->bias_type, groups);
+    QZ_NAME(load)(numbers[1], row->biases, from->bias_group_stride, from->bias_type, groups);
     row->scales = (const char *)numbers[0];
     row->biases = (const char *)numbers[1];
 }
 
 QZ_INLINE int are_neighbours(ptrdiff_t stride, qz_type type) {
-    if (type == QZ_E8M0 || type == QZ_E4M3) return stride == 1;
     return type == QZ_F32 ? stride == 4 : (type == QZ_F16 || type == QZ_BF16) && stride == 2;
 }
 
 QZ_INLINE void prefetch_chunk(const row_t *row, int bits, int block) {
-    const int size = block * QZ_STORED_BITS(bits) / 8, scale = bits == QZ_FP4 ? 1 : 2; /* bytes; of float32 too few */
+    const int size = block * QZ_STORED_BITS(bits) / 8, scale = 2; /* bytes; of float32 too few */
     for (int i = 0; i < QZ_LANES * size; i += 64) __builtin_prefetch(row->w + QZ_PREFETCH + i);
     __builtin_prefetch(row->scales + QZ_PREFETCH * scale / size);
-    if (QZ_HAS_BIAS(bits)) __builtin_prefetch(row->biases + QZ_PREFETCH * scale / size);
+    __builtin_prefetch(row->biases + QZ_PREFETCH * scale / size);
 }
 
 /* Terms wait here for their addition in order: of all rows of the tile, for as many blocks as fit. */
 enum { QZ_TERMS = QZ_DECODE_ROWS * QZ_LANES * QZ_TILE_ROWS };
 
-QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
-                           int single, int bits, int block, int per_group, int digits) {
+/* The last block from which on a vector of scales can be read in place; -1: there is none. */
+QZ_INLINE ptrdiff_t last_in_place(const qz_matmul_job *job, int block, int per_group) {
     const qz_scales *from = &job->scales;
     const int neighbours = are_neighbours(from->scale_group_stride, from->scale_type) &&
                            are_neighbours(from->bias_group_stride, from->bias_type);
-    const ptrdiff_t groups = group_of(QZ_LANES, per_group), first = group_of(begin, per_group);
-    const ptrdiff_t last = neighbours ? job->columns / block - QZ_LANES * per_group : -1; /* to be read in place */
+    return neighbours ? job->columns / block - QZ_LANES * per_group : -1;
+}
+
+QZ_INLINE row_t row_of(const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin, int bits, int block, int per_group) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t first = group_of(begin, per_group);
+    return (row_t){job->w + r * job->w_row_stride + begin * block * QZ_STORED_BITS(bits) / 8,
+                   from->scales + r * from->scale_row_stride + first * from->scale_group_stride,
+                   from->biases + r * from->bias_row_stride + first * from->bias_group_stride};
+}
+
+/* To the next chunk; strides are those of the scales and of the biases. */
+QZ_INLINE void move_on(row_t *row, ptrdiff_t scale_stride, ptrdiff_t bias_stride, int bits, int block, int per_group) {
+    const ptrdiff_t groups = group_of(QZ_LANES, per_group);
+    row->w += QZ_LANES * block * QZ_STORED_BITS(bits) / 8;
+    row->scales += groups * scale_stride;
+    row->biases += groups * bias_stride;
+}
+
+/* All chunks from `begin` on; the scales of those after block `last` are copied. */
+QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
+                           ptrdiff_t last, int single, int bits, int block, int per_group, int digits) {
+    const qz_scales *from = &job->scales;
     for (ptrdiff_t r = 0; r < job->rows; r++) {
-        row_t next = {job->w + r * job->w_row_stride + begin * block * QZ_STORED_BITS(bits) / 8,
-                      from->scales + r * from->scale_row_stride + first * from->scale_group_stride,
-                      from->biases + r * from->bias_row_stride + first * from->bias_group_stride};
+        row_t next = row_of(job, r, begin, bits, block, per_group);
         for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
             row_t row = next;
             float numbers[2][QZ_LANES];
             qz_type types[2] = {from->scale_type, from->bias_type};
-            next.w += QZ_LANES * block * QZ_STORED_BITS(bits) / 8;
-            next.scales += groups * from->scale_group_stride;
-            next.biases += groups * from->bias_group_stride;
+            move_on(&next, from->scale_group_stride, from->bias_group_stride, bits, block, per_group);
             if (i <= last) {
                 prefetch_chunk(&row, bits, block);
             } else {
-                copy_scales(numbers, &row, from, groups, bits);
+                copy_scales(numbers, &row, from, group_of(QZ_LANES, per_group));
                 types[0] = types[1] = QZ_F32;
             }
             chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, single, bits, block,
                         per_group, digits);
         }
     }
+}
+
+/* Chunks whose scales and biases are of one type and read in place, for one row of x. */
+QZ_INLINE void typed_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
+                           qz_type type, int bits, int block, int per_group, int digits) {
+    const qz_type types[2] = {type, type};
+    const ptrdiff_t size = type == QZ_F32 ? 4 : 2;
+    for (ptrdiff_t r = 0; r < job->rows; r++) {
+        row_t row = row_of(job, r, begin, bits, block, per_group);
+        for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
+            QZ_ASSUME(i % QZ_LANES == 0);
+            prefetch_chunk(&row, bits, block);
+            chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, 1, bits, block,
+                        per_group, digits);
+            move_on(&row, size, size, bits, block, per_group);
+        }
+    }
+}
+
+/* panel_terms for one row of x: a loop for each type of scales, since asking for it at every chunk takes as long as a
+ * tenth of the dots. */
+QZ_INLINE void panel_of_one(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
+                            ptrdiff_t last, int bits, int block, int per_group, int digits) {
+    const qz_type type = job->scales.scale_type;
+    ptrdiff_t stop = begin;
+    if (last >= begin && type == job->scales.bias_type) stop += (last - begin) / QZ_LANES * QZ_LANES + QZ_LANES;
+    if (stop > end) stop = end;
+    if (type == QZ_BF16) {
+        typed_terms(terms, pitch, job, begin, stop, QZ_BF16, bits, block, per_group, digits);
+    } else if (type == QZ_F16) {
+        typed_terms(terms, pitch, job, begin, stop, QZ_F16, bits, block, per_group, digits);
+    } else {
+        typed_terms(terms, pitch, job, begin, stop, QZ_F32, bits, block, per_group, digits);
+    }
+    panel_terms(terms + (stop - begin), pitch, job, stop, end, -1, 1, bits, block, per_group, digits);
 }
 
 /* Lanes become weight rows, so that the terms of many outputs are added side by side, each in order of k. */
@@ -227,18 +306,17 @@ QZ_INLINE void add_block_of_rows(float *y, int32_t (*const dots)[QZ_TILE_ROWS], 
                                  const planes *x, ptrdiff_t at, int bits, int per_group, int wide) {
     const qz_scales *from = &job->scales;
     const ptrdiff_t group = group_of(at, per_group);
-    float scales[QZ_TILE_ROWS], biases[QZ_TILE_ROWS] = {0};
+    float scales[QZ_TILE_ROWS], biases[QZ_TILE_ROWS];
     load_of_rows(scales, from->scales + group * from->scale_group_stride, from->scale_row_stride, from->scale_type,
                  job->rows);
-    if (QZ_HAS_BIAS(bits))
-        load_of_rows(biases, from->biases + group * from->bias_group_stride, from->bias_row_stride, from->bias_type,
-                     job->rows);
+    load_of_rows(biases, from->biases + group * from->bias_group_stride, from->bias_row_stride, from->bias_type,
+                 job->rows);
     QZ_UNROLL
     for (int r = 0; r < QZ_TILE_ROWS; r += QZ_LANES) {
         const v_i32 sums[2] = {load_i32(dots[0] + r), load_i32(dots[1] + r)};
         const v_f32 s = load_f32(scales + r), b = load_f32(biases + r);
         const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
-        const v_f32 term = block_terms(sums, numbers_of_block(x, at), s, centred, bits, wide);
+        const v_f32 term = block_terms(sums, numbers_of_block(x, at), s, centred, wide);
         store_f32(y + r, add_f32(load_f32(y + r), term));
     }
 }
@@ -278,20 +356,28 @@ QZ_INLINE void add_last_blocks(float *y, const qz_matmul_job *job, const planes 
     }
 }
 
+QZ_INLINE void clear_tile(const qz_matmul_job *tile) {
+    for (ptrdiff_t m = 0; m < tile->m; m++) memset(tile->y + m * tile->y_stride, 0, QZ_TILE_ROWS * sizeof *tile->y);
+}
+QZ_INLINE void make_tile_canonical(const qz_matmul_job *tile) {
+    for (ptrdiff_t m = 0; m < tile->m; m++) make_nan_canonical(tile->y + m * tile->y_stride, QZ_TILE_ROWS);
+}
+
 QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int digits) {
     const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
     const ptrdiff_t blocks = job->columns / block / QZ_LANES * QZ_LANES;
     const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, pitch = blocks < fit ? blocks : fit;
+    const ptrdiff_t last = last_in_place(job, block, per_group);
     _Alignas(64) float terms[QZ_TERMS];
-    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
+    clear_tile(job);
     if (job->rows < QZ_TILE_ROWS && blocks > 0) memset(terms, 0, sizeof terms);
     for (ptrdiff_t begin = 0; begin < blocks; begin += pitch) {
         ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
         /* Two calls, since compilers would do what both share before they ask which, and keep the codes in memory. */
         if (job->m == 1) {
-            panel_terms(terms, pitch, job, begin, end, 1, bits, block, per_group, digits);
+            panel_of_one(terms, pitch, job, begin, end, last, bits, block, per_group, digits);
         } else {
-            panel_terms(terms, pitch, job, begin, end, 0, bits, block, per_group, digits);
+            panel_terms(terms, pitch, job, begin, end, last, 0, bits, block, per_group, digits);
         }
         for (ptrdiff_t m = 0; m < job->m; m++) {
             add_terms_in_order(job->y + m * job->y_stride, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);
@@ -301,10 +387,16 @@ QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int di
         planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
         add_last_blocks(job->y + m * job->y_stride, job, &x, blocks, bits, block, per_group, digits);
     }
-    make_nan_canonical(job->y, job->m * job->y_stride);
+    make_tile_canonical(job);
 }
 
-QZ_INLINE void decode_t(const qz_matmul_job *job, int bits, int block, int digits) {
-    const qz_matmul_job copy = *job; /* of which compilers see that no store changes it: saves 8 % where M is 1 */
-    decode_rows(&copy, bits, block, digits);
+/* QZ_TILE_ROWS outputs of a job, from weight row r on. */
+QZ_INLINE qz_matmul_job tile_of_job(const qz_matmul_job *job, ptrdiff_t r) {
+    qz_matmul_job tile = *job;
+    tile.w += r * job->w_row_stride;
+    tile.scales.scales += r * job->scales.scale_row_stride;
+    tile.scales.biases += r * job->scales.bias_row_stride;
+    tile.rows = job->rows - r < QZ_TILE_ROWS ? job->rows - r : QZ_TILE_ROWS;
+    tile.y += r;
+    return tile;
 }

@@ -3,19 +3,24 @@
  *
  * FP4 (mxfp4, nvfp4). Twice a number is an integer a, |a| <= 12, so that codes take the place of 5-bit ones less their
  * centre 16: x has p = 22, or 21 in blocks of 64, and 64 * 12 * (2^21 - 1) < 2^31. y = x Wᵀ, weights [N, K]: a block is
- * a group, of n = 32 or 16 elements with scale s.
+ * a group, of n = 32 or 16 elements with scale s. Groups are small, so that what is done for each of them counts: lanes
+ * along k hold chains of groups, and only the ends of chains cross lanes. In each panel of 64 blocks (the last may be
+ * shorter),
  *
  *     v, e     x of the block in fixed point (fixed_point.h);  G = sum a v                       integers, exact
- *     term     = (float(G) * s) * 2^(e-1),  y = y + term, blocks in order of k, from y = 0       each operation rounded
+ *     c_j      = fused (float(G) * s) * 2^(e-1) + c_j over blocks = j modulo 16, in order of k, from 0
+ *     y        = y + c_0, + c_1, ... + c_15; panels in order of k, from y = 0                    each operation rounded
  *
  * y = x W, weights [K, N] (groups along N). For each block of 64 elements of k (the last may be shorter) and each group
- * of outputs: t = x * s, v and e of t, G = sum a v, and term = float(G) * 2^(e-1). A block with a NaN or Inf in x (in
- * t) has as its term the plain sum of (s * number) * x in order of k, from 0.
+ * of outputs: t = x * s, v and e of t, G = sum a v, term = float(G) * 2^(e-1), and y = y + term in order of k. A block
+ * with a NaN or Inf in x (in t) has as its term, which is added, the plain sum of (s * number) * x in order of k, from
+ * 0.
  *
  * Error. |x - v 2^e| <= 2^(e-1) <= 2^-p max|x|, so a block adds at most 2^-p max|x| sum |W| by it; its term takes two
- * roundings of 2^-24 ([K, N]: t one more before that, and max|t| stands for max|x|), and the chain of B additions at
- * most B 2^-24 sum |term|, as long as nothing overflows: |G s| is taken before 2^e, so that |s| must stay some 2^31
- * below float32's largest.
+ * roundings of 2^-24 ([K, N]: t one more before that, and max|t| stands for max|x|). [N, K]: it passes through at most
+ * 4 in its chain and 16 for each of the ceil(B / 64) panels of B blocks, so that sums add at most (4 + 16 ceil(B / 64))
+ * 2^-24 sum |term|; [K, N]: B 2^-24 sum |term|. That is as long as nothing overflows: |G s| is taken before 2^e, so
+ * that |s| must stay some 2^31 below float32's largest.
  *
  * FP8 (mxfp8). Numbers are integers of 18 bits, or up to 15 * 2^14: three digits of them against three of x would take
  * nine dots. But a weight has 4 bits only, so that s * number is a float32 (infinite where it overflows), and one fused
@@ -60,14 +65,21 @@ QZ_INLINE float definition_output_fp4(const qz_matmul_job *job, ptrdiff_t row, c
     const int32_t *v = (const int32_t *)(x + k);
     const block_record *records = (const block_record *)(v + k);
     const char *scales = job->scales.scales + row * job->scales.scale_row_stride;
-    float y = 0.0f;
-    for (ptrdiff_t at = 0; at < k; at += block) {
-        const float s = load_one(scales + at / block * job->scales.scale_group_stride, job->scales.scale_type);
-        const block_record record = records[at / block];
+    float y = 0.0f, sums[QZ_FP4_CHAINS] = {0};
+    for (ptrdiff_t b = 0; b < k / block; b++) {
+        const float s = load_one(scales + b * job->scales.scale_group_stride, job->scales.scale_type);
+        const ptrdiff_t at = b * block;
+        float *sum = &sums[b % QZ_FP4_CHAINS];
         int8_t a[QZ_MAX_BLOCK];
         load_twice_fp4(a, job->w + row * job->w_row_stride, at, block);
-        y += record.scale == 0.0f ? plain_term_fp4(x + at, a, block, &s, 0)
-                                  : float_dot_fp4(a, v + at, block) * s * (0.5f * record.scale);
+        if (records[b].scale == 0.0f) {
+            *sum += plain_term_fp4(x + at, a, block, &s, 0);
+        } else {
+            *sum = fmaf(float_dot_fp4(a, v + at, block) * s, 0.5f * records[b].scale, *sum);
+        }
+        if ((b + 1) % QZ_FP4_PANEL && b + 1 < k / block) continue;
+        for (int j = 0; j < QZ_FP4_CHAINS; j++) y += sums[j];
+        memset(sums, 0, sizeof sums);
     }
     return y;
 }

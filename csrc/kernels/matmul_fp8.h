@@ -45,14 +45,16 @@ static __attribute__((noinline)) void QZ_NAME(put_odd_weights_fp8)(float *w, ptr
 
 /* ---- few rows of x, weights [N, K] ---- */
 
-/* Rows of x that share the decoding of a weight; codes ahead that are asked for. */
+/* Rows of x that share the decoding of a weight; codes ahead that are asked for; panels that are summed side by side,
+ * since the chains of one, in one or two vectors, would wait for each other's fused operations. */
 enum { QZ_FP8_SHARING = 8, QZ_FP8_PREFETCH = 4096, QZ_FP8_GROUPS = QZ_FP8_PANEL / QZ_FP8_GROUP };
+enum { QZ_FP8_TOGETHER_T = QZ_LANES / 4 };
 
 /* Some k of a weight row: codes, and scales as stored and as they multiply, with room for whole vectors. */
 typedef struct row_fp8 {
     const uint8_t *codes;
     const char *stored;
-    float scales[QZ_FP8_GROUPS < QZ_LANES ? QZ_LANES : QZ_FP8_GROUPS];
+    float scales[QZ_FP8_TOGETHER_T * QZ_FP8_GROUPS < QZ_LANES ? QZ_LANES : QZ_FP8_TOGETHER_T * QZ_FP8_GROUPS];
 } row_fp8;
 
 QZ_INLINE v_i32 find_row_fp8(row_fp8 *row, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count) {
@@ -103,33 +105,44 @@ QZ_INLINE void sum_chains(float *to, const float *w, const float *x, ptrdiff_t c
     for (int v = 0; v < QZ_CHAIN_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
 }
 
-/* The same of weights that only one row of x is multiplied by: they need not be stored in between. */
-QZ_INLINE void decode_and_sum_chains(float *to, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
-                                     ptrdiff_t count) {
+/* The same of weights that only one row of x is multiplied by: they need not be stored in between. `panels` panels of
+ * `count` k, which is less than all of a panel only where there is one; their chains stand at to[panel][r]. */
+QZ_INLINE void decode_and_sum_chains(float (*to)[QZ_TILE_ROWS][QZ_FP8_CHAINS], const qz_matmul_job *job, ptrdiff_t r,
+                                     ptrdiff_t first, ptrdiff_t count, int panels) {
     const float *x = (const float *)job->x + first;
     row_fp8 row;
-    v_i32 odd = find_row_fp8(&row, job, r, first, count);
-    v_f32 sums[QZ_CHAIN_VECTORS];
+    v_i32 odd = find_row_fp8(&row, job, r, first, panels * count);
+    v_f32 sums[QZ_FP8_TOGETHER_T][QZ_CHAIN_VECTORS];
     QZ_UNROLL
-    for (int v = 0; v < QZ_CHAIN_VECTORS; v++) sums[v] = set1_f32(0.0f);
-    for (ptrdiff_t i = 0; i < count; i += QZ_FP8_GROUP) {
-        v_f32 w[QZ_FP8_VECTORS];
-        __builtin_prefetch(row.codes + QZ_FP8_PREFETCH + i);
-        odd = decode_group_fp8(w, row.codes + i, row.scales[i / QZ_FP8_GROUP], odd);
+    for (int p = 0; p < panels; p++) {
         QZ_UNROLL
-        for (int j = 0; j < QZ_FP8_VECTORS; j++) {
-            const int v = j % QZ_CHAIN_VECTORS;
-            sums[v] = fma_f32(load_f32(x + i + j * QZ_LANES), w[j], sums[v]);
+        for (int v = 0; v < QZ_CHAIN_VECTORS; v++) sums[p][v] = set1_f32(0.0f);
+    }
+    for (ptrdiff_t group = 0; group < count / QZ_FP8_GROUP; group++) {
+        QZ_UNROLL
+        for (int p = 0; p < panels; p++) {
+            const ptrdiff_t at = p * QZ_FP8_PANEL + group * QZ_FP8_GROUP;
+            v_f32 w[QZ_FP8_VECTORS];
+            __builtin_prefetch(row.codes + QZ_FP8_PREFETCH + at);
+            odd = decode_group_fp8(w, row.codes + at, row.scales[p * QZ_FP8_GROUPS + group], odd);
+            QZ_UNROLL
+            for (int j = 0; j < QZ_FP8_VECTORS; j++) {
+                const int v = j % QZ_CHAIN_VECTORS;
+                sums[p][v] = fma_f32(load_f32(x + at + j * QZ_LANES), w[j], sums[p][v]);
+            }
         }
     }
     if (any_i32(odd)) {
-        _Alignas(64) float w[QZ_FP8_PANEL];
-        QZ_NAME(decode_odd_row_fp8)(w, &row, job, count);
-        sum_chains(to, w, x, count);
+        _Alignas(64) float w[QZ_FP8_TOGETHER_T * QZ_FP8_PANEL];
+        QZ_NAME(decode_odd_row_fp8)(w, &row, job, panels * count);
+        for (int p = 0; p < panels; p++) sum_chains(to[p][r], w + p * QZ_FP8_PANEL, x + p * QZ_FP8_PANEL, count);
         return;
     }
     QZ_UNROLL
-    for (int v = 0; v < QZ_CHAIN_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
+    for (int p = 0; p < panels; p++) {
+        QZ_UNROLL
+        for (int v = 0; v < QZ_CHAIN_VECTORS; v++) store_f32(to[p][r] + v * QZ_LANES, sums[p][v]);
+    }
 }
 
 /* y = y + c_0 + ... + c_15, the sum taken first, for all rows of weights: lanes become these. */
@@ -152,12 +165,20 @@ QZ_INLINE void add_chains(float *y, float (*chains)[QZ_FP8_CHAINS]) {
 QZ_INLINE void decode_rows_fp8(const qz_matmul_job *job) {
     float chains[QZ_FP8_SHARING][QZ_TILE_ROWS][QZ_FP8_CHAINS];
     _Alignas(64) float w[QZ_FP8_PANEL];
+    ptrdiff_t first = 0;
     if (job->rows < QZ_TILE_ROWS) memset(chains, 0, sizeof chains);
-    for (ptrdiff_t first = 0; first < job->columns; first += QZ_FP8_PANEL) {
+    while (job->m == 1 && job->columns - first >= QZ_FP8_TOGETHER_T * QZ_FP8_PANEL) {
+        for (ptrdiff_t r = 0; r < job->rows; r++) {
+            decode_and_sum_chains(chains, job, r, first, QZ_FP8_PANEL, QZ_FP8_TOGETHER_T);
+        }
+        for (int p = 0; p < QZ_FP8_TOGETHER_T; p++) add_chains(job->y, chains[p]);
+        first += QZ_FP8_TOGETHER_T * QZ_FP8_PANEL;
+    }
+    for (; first < job->columns; first += QZ_FP8_PANEL) {
         const ptrdiff_t left = job->columns - first, count = left < QZ_FP8_PANEL ? left : QZ_FP8_PANEL;
         for (ptrdiff_t r = 0; r < job->rows; r++) {
             if (job->m == 1) {
-                decode_and_sum_chains(chains[0][r], job, r, first, count);
+                decode_and_sum_chains(chains, job, r, first, count, 1);
                 continue;
             }
             decode_row_fp8(w, job, r, first, count);
@@ -171,12 +192,14 @@ QZ_INLINE void decode_rows_fp8(const qz_matmul_job *job) {
 
 static void QZ_NAME(decode_t_fp8)(const qz_matmul_job *job) {
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
-    for (ptrdiff_t m = 0; m < job->m; m += QZ_FP8_SHARING) {
-        qz_matmul_job some = *job;
-        some.x += m * job->x_stride;
-        some.y += m * job->y_stride;
-        some.m = job->m - m < QZ_FP8_SHARING ? job->m - m : QZ_FP8_SHARING;
-        decode_rows_fp8(&some);
+    for (ptrdiff_t r = 0; r < job->rows; r += QZ_TILE_ROWS) {
+        for (ptrdiff_t m = 0; m < job->m; m += QZ_FP8_SHARING) {
+            qz_matmul_job some = tile_of_job(job, r);
+            some.x += m * job->x_stride;
+            some.y += m * job->y_stride;
+            some.m = job->m - m < QZ_FP8_SHARING ? job->m - m : QZ_FP8_SHARING;
+            decode_rows_fp8(&some);
+        }
     }
     make_nan_canonical(job->y, job->m * job->y_stride);
 }

@@ -2,8 +2,8 @@
  *
  * The kernels take codes in steps: of as many vectors as one vector of packed bytes unfolds to (unpack_folded), or of
  * as many such as fill a block. A prepared row holds, for every step and digit, lowest first, the digits in the order
- * of the step's codes; then four numbers per block (see below). It has room for a multiple of QZ_LANES blocks, which
- * are whole steps: the last step may reach beyond k, where digits are zero and sums are left alone. */
+ * of the step's codes; then the numbers of the blocks. It has room for a multiple of QZ_LANES blocks, which are whole
+ * steps: the last step may reach beyond k, where digits are zero and sums are left alone. */
 
 #define QZ_VECTOR_BYTES (4 * QZ_LANES)
 
@@ -13,35 +13,69 @@
 #define QZ_UNITS(bits, block) (QZ_STEP(bits, block) / QZ_VECTOR_BYTES)
 enum { QZ_MAX_UNITS = 4 };
 
+/* Of QZ_LANES blocks, side by side, so that one pointer serves all that is loaded of them. */
+typedef struct chunk_numbers {
+    float scale[QZ_LANES];         /* 2^e */
+    float sum[QZ_LANES];           /* S = sum of v, as float */
+    int32_t offset[QZ_LANES];      /* by what the dot of stored codes exceeds that of centred ones: (c - zero) * S */
+    int32_t offset_high[QZ_LANES]; /* wide formats: the share of the top digits in it, and offset holds the rest */
+} chunk_numbers;
+
 typedef struct planes {
     int8_t *digits;
-    float *scale;         /* 2^e */
-    float *sum;           /* S = sum of v, as float */
-    int32_t *offset;      /* by what the dot of the stored codes exceeds that of the centred ones: (c - zero) * S */
-    int32_t *offset_high; /* wide formats: the share of the top digits in it, and offset holds the rest */
+    chunk_numbers *numbers;
 } planes;
 
 QZ_INLINE ptrdiff_t padded_blocks(ptrdiff_t k, int block) { return (k / block + QZ_LANES - 1) / QZ_LANES * QZ_LANES; }
 
 QZ_INLINE size_t planes_size(ptrdiff_t k, int block, int digits) {
     size_t blocks = (size_t)padded_blocks(k, block);
-    return (blocks * (size_t)(block * digits) + blocks * 16 + 63) / 64 * 64;
+    return (blocks * (size_t)(block * digits) + blocks / QZ_LANES * sizeof(chunk_numbers) + 63) / 64 * 64;
 }
 
 QZ_INLINE planes planes_at(const char *prepared, ptrdiff_t k, int block, int digits) {
     ptrdiff_t blocks = padded_blocks(k, block);
-    planes p;
-    p.digits = (int8_t *)prepared;
-    p.scale = (float *)(prepared + blocks * block * digits);
-    p.sum = p.scale + blocks;
-    p.offset = (int32_t *)(p.sum + blocks);
-    p.offset_high = p.offset + blocks;
-    return p;
+    return (planes){(int8_t *)prepared, (chunk_numbers *)(prepared + blocks * block * digits)};
+}
+
+/* The numbers in which a block's stand, in lane lane_of(block). */
+QZ_INLINE chunk_numbers *numbers_at(const planes *p, ptrdiff_t block) { return p->numbers + (size_t)block / QZ_LANES; }
+QZ_INLINE int lane_of(ptrdiff_t block) { return (int)((size_t)block % QZ_LANES); }
+
+QZ_INLINE void set_numbers(const planes *p, ptrdiff_t block, float scale, int32_t sum, int32_t offset,
+                           int32_t offset_high) {
+    chunk_numbers *numbers = numbers_at(p, block);
+    const int lane = lane_of(block);
+    numbers->scale[lane] = scale;
+    numbers->sum[lane] = (float)sum;
+    numbers->offset[lane] = offset;
+    numbers->offset_high[lane] = offset_high;
 }
 
 /* Codes as they multiply: FP4's are looked up. */
 static const uint8_t shifted_fp4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};
 QZ_INLINE v_u8 as_multiplied(v_u8 codes, int bits) { return bits == QZ_FP4 ? look_up_u8(shifted_fp4, codes) : codes; }
+
+/* nvfp4 keeps what it has for each block in loose order (simd/dot.h). */
+#define QZ_IS_LOOSE(bits, block) ((bits) == QZ_FP4 && (block) < 32)
+#define QZ_BLOCK_PLACE(i, bits, block) (QZ_IS_LOOSE(bits, block) ? QZ_LOOSE_PLACE(i) : (i))
+
+/* Where strips hold block b. Whole panels of FP4 are held chain after chain: tiles then read x from one end to the
+ * other, which is what processors fetch ahead. */
+QZ_INLINE ptrdiff_t strip_place(ptrdiff_t b, ptrdiff_t blocks, int bits) {
+    const ptrdiff_t i = (ptrdiff_t)((size_t)b % QZ_FP4_PANEL), panel = b - i;
+    if (bits != QZ_FP4 || blocks - panel < QZ_FP4_PANEL) return b;
+    return panel + i % QZ_FP4_CHAINS * (QZ_FP4_PANEL / QZ_FP4_CHAINS) + i / QZ_FP4_CHAINS;
+}
+
+/* The numbers of E4M3 that are nvfp4's scales come divided by 256 (f32_from_e4m3): 2^e makes up for it, but where p =
+ * 7, since 2^e may then be as much as 2^122. */
+#define QZ_GREATER_FP4(block) ((block) < 32 ? 256.0f : 1.0f)
+
+/* What 2^e is multiplied with. */
+QZ_INLINE float unit_of(int bits, int block, int digits) {
+    return bits == QZ_FP4 && digits > 1 ? QZ_UNIT(bits) * QZ_GREATER_FP4(block) : QZ_UNIT(bits);
+}
 
 /* unpack_folded and unpack_in_order of such. Groups of 16 may end within the 32 codes that the latter reads. */
 QZ_INLINE void unpack_codes(v_u8 *codes, const uint8_t *packed, int bits) {
@@ -124,23 +158,32 @@ QZ_INLINE void fold_bytes(int8_t *to, const int8_t *from, int count, int fold) {
     }
 }
 
+/* What fills the last chunk of a row: steps of zeros, and a scale that leaves sums as they are. */
+QZ_INLINE void clear_blocks_beyond(planes *to, ptrdiff_t k, int block, int digits) {
+    const ptrdiff_t step = QZ_STEP(QZ_FP4, block), blocks = k / block, all = padded_blocks(k, block);
+    const ptrdiff_t filled = (k + step - 1) / step * step;
+    memset(to->digits + filled * digits, 0, (size_t)((all * block - filled) * digits));
+    for (ptrdiff_t b = blocks; b < all; b++) set_numbers(to, QZ_BLOCK_PLACE(b, QZ_FP4, block), 0.0f, 0, 0, 0);
+}
+
 QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
     const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
     const int step = QZ_STEP(bits, block), fold = QZ_FOLD(QZ_STORED_BITS(bits));
+    const float unit = unit_of(bits, block, digits);
     planes to = planes_at(prepared, k, block, digits);
     for (ptrdiff_t begin = 0; begin < k; begin += step) {
         int8_t ordered[QZ_MAX_DIGITS][4 * QZ_VECTOR_BYTES < QZ_MAX_BLOCK ? QZ_MAX_BLOCK : 4 * QZ_VECTOR_BYTES];
         if (k - begin < step) memset(ordered, 0, sizeof ordered);
         for (ptrdiff_t at = begin; at < k && at < begin + step; at += block) {
-            int32_t v[QZ_MAX_BLOCK], high;
-            const ptrdiff_t b = at / block;
-            if (!fixed_point(v, x + at, block, p, &to.scale[b])) return 0;
+            int32_t v[QZ_MAX_BLOCK], high, offset, offset_high;
+            float scale;
+            if (!fixed_point(v, x + at, block, p, &scale)) return 0;
             int32_t sum = store_digits(ordered[0] + (at - begin), sizeof ordered[0], v, block, digits, &high);
-            to.scale[b] *= QZ_UNIT(bits);
-            to.sum[b] = (float)sum;
-            set_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, wide);
+            set_offsets(&offset, &offset_high, sum, high, bits, wide);
+            set_numbers(&to, QZ_BLOCK_PLACE(at / block, bits, block), scale * unit, sum, offset, offset_high);
         }
         for (int d = 0; d < digits; d++) fold_bytes(to.digits + begin * digits + d * step, ordered[d], step, fold);
     }
+    if (bits == QZ_FP4) clear_blocks_beyond(&to, k, block, digits);
     return 1;
 }

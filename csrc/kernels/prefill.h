@@ -3,14 +3,14 @@
  * matmul.h. */
 
 /* Blocks of k in a panel, which stays in the first level of the caches while the rows of x pass by. */
-enum { QZ_PANEL_BLOCKS = 8, QZ_PANEL_K = QZ_PANEL_BLOCKS * QZ_MAX_BLOCK };
+enum { QZ_PANEL_BLOCKS = 8, QZ_PANEL_K = QZ_PANEL_BLOCKS * QZ_MAX_BLOCK, QZ_PANEL_GROUPS = QZ_PANEL_K / 16 };
 
 typedef struct panel_t {
     _Alignas(64) uint8_t quads[QZ_PANEL_K / 4][4 * QZ_TILE_OUTPUTS];
 #if QZ_PAIRS
     uint8_t pairs[QZ_PANEL_K / 2][4 * QZ_TILE_OUTPUTS];
 #endif
-    float scales[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS], centred[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS]; /* centred: b + c s */
+    float scales[QZ_PANEL_GROUPS][QZ_TILE_OUTPUTS], centred[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS]; /* centred: b + c s */
     int32_t excess[QZ_PANEL_BLOCKS][QZ_TILE_OUTPUTS];                                          /* see store_pairs */
 } panel_t;
 
@@ -36,8 +36,9 @@ QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char 
     }
 }
 
-/* The codes and scales of QZ_LANES weight rows; the last of the job stands in for those beyond. */
-QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul_job *job, ptrdiff_t row,
+/* The codes and scales of QZ_LANES weight rows, to block `at` of the panel; the last of the job stands in for those
+ * beyond. */
+QZ_INLINE void load_panel_rows(panel_t *panel, int at, int first_output, const qz_matmul_job *job, ptrdiff_t row,
                                ptrdiff_t first, int blocks, int bits, int block, int per_group) {
     const qz_scales *from = &job->scales;
     const ptrdiff_t group = group_of(first, per_group), count = blocks * block;
@@ -58,30 +59,33 @@ QZ_INLINE void load_panel_rows(panel_t *panel, int first_output, const qz_matmul
         transpose_f32(codes);
         QZ_UNROLL
         for (int i = 0; i < QZ_LANES; i++) {
-            store_f32((float *)(panel->quads[k / 4 + i] + 4 * first_output), codes[i]);
+            store_f32((float *)(panel->quads[at * block / 4 + k / 4 + i] + 4 * first_output), codes[i]);
         }
     }
-    load_columns(panel->scales, first_output, from->scales, scales, from->scale_group_stride, from->scale_type, blocks,
-                 per_group);
+    load_columns(panel->scales + at, first_output, from->scales, scales, from->scale_group_stride, from->scale_type,
+                 blocks, per_group);
     if (!QZ_HAS_BIAS(bits)) return;
-    load_columns(panel->centred, first_output, from->biases, biases, from->bias_group_stride, from->bias_type, blocks,
-                 per_group);
+    load_columns(panel->centred + at, first_output, from->biases, biases, from->bias_group_stride, from->bias_type,
+                 blocks, per_group);
 }
 
-/* Outputs [column, column + QZ_TILE_OUTPUTS) of the job, and `blocks` blocks from `first` on. */
-QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first, int blocks,
-                            int bits, int block, int per_group, int digits) {
+/* Outputs [column, column + QZ_TILE_OUTPUTS) of the job, and `blocks` blocks from `first` on, to block `at` of the
+ * panel.
+ */
+QZ_INLINE void load_panel_t(panel_t *panel, int at, const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first,
+                            int blocks, int bits, int block, int per_group, int digits) {
     const v_f32 centre = set1_f32((float)QZ_CENTRE(bits));
     for (int r = 0; r < QZ_TILE_OUTPUTS; r += QZ_LANES) {
-        load_panel_rows(panel, r, job, column + r, first, blocks, bits, block, per_group);
+        load_panel_rows(panel, at, r, job, column + r, first, blocks, bits, block, per_group);
     }
-    for (int b = 0; b < blocks; b++) {
+    for (int b = at; b < at + blocks; b++) {
 #if QZ_PAIRS
         const int wide = is_wide(bits, block, digits);
         for (int v = 0; v < QZ_TILE_OUTPUTS && has_pairs(bits, digits); v += QZ_LANES) {
             uint8_t *pairs = panel->pairs[b * block / 2] + 4 * v;
             const uint8_t *quads = panel->quads[b * block / 4] + 4 * v;
-            store_i32(panel->excess[b] + v, store_pairs(pairs, quads, sizeof panel->quads[0], block, bits, wide));
+            const v_i32 excess = store_pairs(pairs, quads, sizeof panel->quads[0], block, bits, wide);
+            if (wide) store_i32(panel->excess[b] + v, excess);
         }
 #else
         (void)digits;
@@ -95,20 +99,20 @@ QZ_INLINE void load_panel_t(panel_t *panel, const qz_matmul_job *job, ptrdiff_t 
     }
 }
 
-/* y = y + (Gf * s + (b + c s) * S) * 2^e, or what block_terms has without a bias, for one row of x, whose numbers for
- * the block are `x` at `at`. */
+/* y = y + (Gf * s + (b + c s) * S) * 2^e for one row of x, whose numbers for the block are `x` at `at`. */
 QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, const panel_t *panel, int b,
                               const planes *x, ptrdiff_t at, int bits, int digits, int wide) {
+    const chunk_numbers *numbers = numbers_at(x, at);
+    const int lane = lane_of(at);
     QZ_UNROLL
     for (int v = 0; v < QZ_TILE_VECTORS; v++) {
         v_i32 sum = low[v];
         if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess[b] + v * QZ_LANES));
-        v_f32 dot = float_of_dots(sum, high + v, set1_i32(x->offset[at]), set1_i32(x->offset_high[at]), wide);
-        v_f32 term = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
-        if (QZ_HAS_BIAS(bits)) {
-            term = add_f32(term, mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(x->sum[at])));
-        }
-        term = mul_f32(term, set1_f32(x->scale[at]));
+        v_f32 dot =
+            float_of_dots(sum, high + v, set1_i32(numbers->offset[lane]), set1_i32(numbers->offset_high[lane]), wide);
+        const v_f32 scaled = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
+        const v_f32 shift = mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(numbers->sum[lane]));
+        const v_f32 term = mul_f32(add_f32(scaled, shift), set1_f32(numbers->scale[lane]));
         store_f32(y + v * QZ_LANES, add_f32(load_f32(y + v * QZ_LANES), term));
     }
 }
@@ -142,7 +146,7 @@ QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digi
     for (ptrdiff_t first = 0; first < blocks; first += QZ_PANEL_BLOCKS) {
         const int some = blocks - first < QZ_PANEL_BLOCKS ? (int)(blocks - first) : QZ_PANEL_BLOCKS;
         for (ptrdiff_t column = 0; column < job->rows; column += QZ_TILE_OUTPUTS) {
-            load_panel_t(&panel, job, column, first, some, bits, block, per_group, digits);
+            load_panel_t(&panel, 0, job, column, first, some, bits, block, per_group, digits);
             for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
                 const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
                 multiply_panel_t(job->y + m * job->y_stride + column, job->y_stride, &panel, job->x + m * job->x_stride,
@@ -162,12 +166,13 @@ QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bi
     const int bytes = strip_bytes(bits, digits);
     planes to = planes_at(prepared, k, block, bytes);
     for (ptrdiff_t b = 0; b < k / block; b++) {
-        int32_t v[QZ_MAX_BLOCK], high;
-        if (!fixed_point(v, x + b * block, block, p, &to.scale[b])) return 0;
-        const int32_t sum = store_strip(to.digits + b * block * bytes, v, block, bits, digits, wide, &high);
-        to.scale[b] *= QZ_UNIT(bits);
-        to.sum[b] = (float)sum;
-        set_strip_offsets(&to.offset[b], &to.offset_high[b], sum, high, bits, digits, wide);
+        int32_t v[QZ_MAX_BLOCK], high, offset, offset_high;
+        float scale;
+        if (!fixed_point(v, x + b * block, block, p, &scale)) return 0;
+        const ptrdiff_t place = strip_place(b, k / block, bits);
+        const int32_t sum = store_strip(to.digits + place * block * bytes, v, block, bits, digits, wide, &high);
+        set_strip_offsets(&offset, &offset_high, sum, high, bits, digits, wide);
+        set_numbers(&to, place, scale * QZ_UNIT(bits), sum, offset, offset_high);
     }
     return 1;
 }

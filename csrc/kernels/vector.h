@@ -13,6 +13,7 @@
 #include "matmul.h"
 #include "tile.h"
 #include "prefill.h"
+#include "matmul_fp4.h"
 #include "matmul_n.h"
 #include "matmul_float.h"
 #include "probe.h"
@@ -25,10 +26,10 @@
 #define QZ_MATMUL_NOTE "digit planes, " QZ_DOT_NAME
 #define QZ_DECODE_SIZE(k, bits, block, digits) planes_size(k, block, digits)
 #define QZ_DECODE_PREPARE prepare_planes
-#define QZ_DECODE_T decode_t
+#define QZ_DECODE_T decode_any
 #define QZ_PREFILL_SIZE strips_size
 #define QZ_PREFILL_PREPARE prepare_strips
-#define QZ_PREFILL_T prefill_t
+#define QZ_PREFILL_T prefill_any
 #define QZ_MATMUL_N matmul_n
 #define QZ_DECODE_T_FP8 QZ_NAME(decode_t_fp8)
 #define QZ_PREFILL_T_FP8 QZ_NAME(prefill_t_fp8)

@@ -144,9 +144,8 @@ static int dtype_type(const call *c, const PyObject *dtype, qz_type *type) {
  * error. */
 static int take_plain_array(view *v, const call *c, PyObject *object) {
     if ((PyObject *)Py_TYPE(object) != c->state->ndarray) return 0;
-    PyObject *const property = c->state->dtype_of_arrays; /* without the search for it in the array's type */
-    descrgetfunc get = (descrgetfunc)PyType_GetSlot(Py_TYPE(property), Py_tp_descr_get);
-    PyObject *dtype = get(property, object, c->state->ndarray);
+    /* without the search for the property in the array's type */
+    PyObject *dtype = c->state->get_dtype(c->state->dtype_of_arrays, object, c->state->ndarray);
     if (!dtype) return -1;
     Py_DECREF(dtype); /* from here on an address to compare */
     if (!dtype_type(c, dtype, &v->array.type)) return 0;

@@ -37,15 +37,18 @@ typedef enum op_kind {
 
 enum { QZ_MAX_PARAMETERS = 16 }; /* of an operation, the plan not counted */
 
-/* Owned references alone: module.c walks them as an array. */
+/* Owned references, which module.c walks as an array, and at the end what is no reference. */
 typedef struct module_state {
     PyTypeObject *plan_type;
     PyObject *settings, *get_settings; /* the ContextVar of the context managers, and its method get */
     PyObject *names[OP_KINDS][QZ_MAX_PARAMETERS], *defaults[OP_KINDS][QZ_MAX_PARAMETERS]; /* NULL after the last */
     PyObject *ndarray, *empty, *asarray;                                                  /* numpy's */
     PyObject *f32, *f16, *u8, *u16, *u32, *i32, *f64;                                     /* numpy dtypes */
+    PyObject *exact;           /* the word, as programs that write it have it */
     PyObject *ml_bfloat16;     /* numpy.dtype(ml_dtypes.bfloat16), or NULL until ml_dtypes is seen */
-    PyObject *dtype_of_arrays; /* numpy.ndarray.dtype, a descriptor */
+    PyObject *dtype_of_arrays; /* numpy.ndarray.dtype, a descriptor, */
+    descrgetfunc get_dtype;    /* and what it does */
+    int parameters[OP_KINDS];  /* how many names and defaults there are */
 } module_state;
 
 extern struct PyModuleDef qz_module;

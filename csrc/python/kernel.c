@@ -5,6 +5,7 @@
  * ordinarily, with positions and names that all fit, is bound here to the same operation; every other call, wrong ones
  * among them, goes to `_call`, so that Python's own rules and messages hold. */
 #include <stddef.h>
+#include <string.h>
 
 #include "binding.h"
 #include <structmember.h>
@@ -234,9 +235,11 @@ int qz_prepare_calls(module_state *state) {
             state->names[kind][i] = PyUnicode_InternFromString(p->name);
             state->defaults[kind][i] = default_of(p);
             if (!state->names[kind][i] || !state->defaults[kind][i]) return -1;
+            state->parameters[kind] = i + 1;
         }
     }
-    return 0;
+    state->exact = PyUnicode_InternFromString("exact");
+    return state->exact ? 0 : -1;
 }
 
 /* The place of a keyword among the parameters; -1 if it is not found there, or if it is a string that is not interned,
@@ -256,21 +259,25 @@ static Py_ssize_t bind(const kernel_object *self, const module_state *state, con
     PyObject *const *names = state->names[op->kind], *const *defaults = state->defaults[op->kind];
     const int absent = absent_place(op);
     const Py_ssize_t given = PyTuple_Size(positions);
+    const int count = state->parameters[op->kind];
     PyObject **const values = args + 1, *keyword, *value;
     Py_ssize_t cursor = 0;
-    int count = 0;
+    uint32_t found = 0; /* the places of what was given */
     if (given + (absent >= 0) > manner->positional) return 0;
-    for (; count < QZ_MAX_PARAMETERS && names[count]; count++) values[count] = NULL;
-    for (Py_ssize_t i = 0; i < given; i++) values[i + (absent >= 0 && i >= absent)] = PyTuple_GetItem(positions, i);
+    memcpy(values, defaults, (size_t)count * sizeof *values);
+    for (Py_ssize_t i = 0; i < given; i++) {
+        const Py_ssize_t place = i + (absent >= 0 && i >= absent);
+        values[place] = PyTuple_GetItem(positions, i);
+        found |= 1u << place;
+    }
     while (keywords && PyDict_Next(keywords, &cursor, &keyword, &value)) {
         int place = place_of(names, keyword);
-        if (place < 0 || place == absent || values[place]) return 0;
+        if (place < 0 || place == absent || found >> place & 1) return 0;
         values[place] = value;
+        found |= 1u << place;
     }
-    for (int i = 0; i < count; i++) {
-        if (!values[i] && i < manner->required) return 0;
-        if (!values[i]) values[i] = defaults[i];
-    }
+    const uint32_t required = (1u << manner->required) - 1;
+    if ((found & required) != required) return 0;
     if (manner->group_size >= 0) {
         PyObject **group_size = values + manner->group_size, **bits = group_size + 1;
         if (*group_size == Py_None && self->group_size) *group_size = self->group_size;

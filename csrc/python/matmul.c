@@ -20,6 +20,10 @@ static int raise_dimensions(const call *c, const view *x, const view *w) {
 /* `from` with the batch dimensions `batch`, which fit it, before its last two: stride 0 where it is repeated. */
 static void broadcast(qz_array *to, const qz_array *from, int dims, const ptrdiff_t *batch) {
     const int missing = dims + 2 - from->ndim;
+    if (dims == 0) {
+        qz_copy_array(to, from);
+        return;
+    }
     to->data = from->data;
     to->type = from->type;
     to->ndim = dims + 2;
@@ -106,7 +110,8 @@ static int check_fp_options(const call *c, const qz_format *format, int in_float
 int qz_take_digits(const call *c, const product_arguments *a, const char *mode, const qz_array *x) {
     const qz_format *format = &qz_formats[qz_find_mode(mode)];
     static const char *const accumulates[] = {"exact", "float"}, *const activations[] = {"int8"};
-    const int in_float = qz_take_word(c, "accumulate", a->accumulate, accumulates, 2);
+    const int is_exact = a->accumulate == c->state->exact; /* as it mostly is, without comparing letters */
+    const int in_float = is_exact ? 0 : qz_take_word(c, "accumulate", a->accumulate, accumulates, 2);
     const int in_int8 = a->activations != Py_None;
     if (in_float < 0 || (in_int8 && qz_take_word(c, "activations", a->activations, activations, 1) < 0)) return -1;
     if (in_float && in_int8)
@@ -167,7 +172,8 @@ static PyObject *multiply(const plan_object *plan, const call *c, const product_
     job.format = qz_check_sizes(c, a, plan->op->mode, v, &p, &job.group_slot, &outputs);
     int dims = job.format < 0 ? -1 : join_batches(c, x, &v->w.array, batch);
     if (dims < 0 || qz_take_product_result(v, c, a->out, dims, batch, is_vector, outputs) < 0) return NULL;
-    double work = (double)qz_checked_count(c, "out", y->shape, y->ndim) * (double)x->shape[x->ndim - 1] * 0.1;
+    double work = (double)x->shape[x->ndim - 1] * 0.1;
+    for (int i = 0; i < y->ndim; i++) work *= (double)y->shape[i];
     if (is_vector) qz_insert_row_axis(y);
     broadcast(&job.x, x, dims, batch);
     broadcast(&job.w, &v->w.array, dims, batch);

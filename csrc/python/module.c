@@ -141,8 +141,9 @@ static int take_numpy(module_state *state) {
     if (!numpy) return -1;
     state->ndarray = PyObject_GetAttrString(numpy, "ndarray");
     state->dtype_of_arrays = state->ndarray ? PyObject_GetAttrString(state->ndarray, "dtype") : NULL;
-    if (state->dtype_of_arrays && !PyType_GetSlot(Py_TYPE(state->dtype_of_arrays), Py_tp_descr_get)) {
-        PyErr_SetString(PyExc_ImportError, "numpy.ndarray.dtype must be a property");
+    if (state->dtype_of_arrays) {
+        state->get_dtype = (descrgetfunc)PyType_GetSlot(Py_TYPE(state->dtype_of_arrays), Py_tp_descr_get);
+        if (!state->get_dtype) PyErr_SetString(PyExc_ImportError, "numpy.ndarray.dtype must be a property");
     }
     state->empty = PyObject_GetAttrString(numpy, "empty");
     state->asarray = PyObject_GetAttrString(numpy, "asarray");
@@ -179,9 +180,8 @@ static int execute(PyObject *module) {
     return take_numpy(state);
 }
 
-/* The state is made of owned references alone. */
-enum { OWNED = sizeof(module_state) / sizeof(PyObject *) };
-_Static_assert(sizeof(module_state) == OWNED * sizeof(PyObject *), "the state is an array of references");
+enum { OWNED = offsetof(module_state, get_dtype) / sizeof(PyObject *) };
+_Static_assert(offsetof(module_state, get_dtype) == OWNED * sizeof(PyObject *), "the state begins with references");
 
 static int traverse(PyObject *module, visitproc visit, void *arg) {
     PyObject **owned = PyModule_GetState(module);

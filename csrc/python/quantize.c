@@ -241,7 +241,7 @@ static int raise_packing(const call *c, const char *mode, const packing *p, ptrd
 static int is_offered(const char *mode, const packing *p) {
     for (int row = 0; row < QZ_FORMATS; row++) {
         const qz_format *f = &qz_formats[row];
-        if (strcmp(f->mode, mode) != 0 || (p->has_bits && f->bits != p->bits)) continue;
+        if ((p->has_bits && f->bits != p->bits) || strcmp(f->mode, mode) != 0) continue;
         for (int slot = 0; slot < QZ_GROUP_SLOTS; slot++) {
             if (!p->has_group_size || (p->group_size > 0 && f->group_sizes[slot] == p->group_size)) return 1;
         }
@@ -254,7 +254,7 @@ static int find_padded(packing *p, const char *mode, ptrdiff_t words, ptrdiff_t 
     int found = -1;
     for (int row = 0; row < QZ_FORMATS; row++) {
         const qz_format *f = &qz_formats[row];
-        if (strcmp(f->mode, mode) != 0 || (p->has_bits && f->bits != p->bits)) continue;
+        if ((p->has_bits && f->bits != p->bits) || strcmp(f->mode, mode) != 0) continue;
         for (int i = 0; i < QZ_GROUP_SLOTS; i++) {
             const ptrdiff_t size = f->group_sizes[i];
             if (!size || (p->has_group_size && size != p->group_size) || words * 32 != groups * size * f->bits)

@@ -17,6 +17,7 @@ typedef __m256i v_u8;
 
 #define QZ_HOLD(v) __asm__ volatile("" : "+x"(v))
 #define QZ_DOT_FACTOR 256
+#define QZ_JOINS_EARLY
 #include "dot.h"
 
 static inline v_f32 load_f32(const float *from) { return _mm256_loadu_ps(from); }
@@ -173,18 +174,70 @@ static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
 static inline v_i32 add_pairs_64(v_i32 a, v_i32 b) {
     return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
-QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+static inline v_i32 add_halves(v_i32 a, v_i32 b) {
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+/* Without the permutation that puts halves in order, which costs as much as the rest. */
+#define QZ_LOOSE_PLACE(i) (((i) & ~6) | ((i) >> 1 & 2) | ((i) << 1 & 4))
+static inline v_f32 loosen_f32(v_f32 v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); }
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *v) {
+    const __m256 a = _mm256_castsi256_ps(v[0]), b = _mm256_castsi256_ps(v[1]);
+    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+    const __m256i odd = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+    return _mm256_add_epi32(even, odd);
+}
+QZ_INLINE void join_sums(v_i32 *v, int done, int lanes) {
+    if (lanes > 2 && done % 2 == 0) {
+        v[done - 2] = add_pairs_32(v[done - 2], v[done - 1]);
+        QZ_HOLD(v[done - 2]);
+    }
+    if (lanes > 2 && done % 4 == 0) {
+        v[done - 4] = add_pairs_64(v[done - 4], v[done - 2]);
+        QZ_HOLD(v[done - 4]);
+    }
+    if (done < lanes) return;
     if (lanes == 8) {
-        __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
-        __m256i b = add_pairs_64(add_pairs_32(v[4], v[5]), add_pairs_32(v[6], v[7]));
-        return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+        v[0] = add_halves(v[0], v[4]);
+    } else if (lanes == 4) {
+        v[0] = _mm256_permutevar8x32_epi32(v[0], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    } else {
+        v[0] = _mm256_permute4x64_epi64(sum_pairs_loosely(v), 0xd8);
     }
-    if (lanes == 4) {
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        __m256i a = add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
-        return _mm256_permutevar8x32_epi32(a, order);
+}
+/* One digit: sums of a block may stay int16 until four blocks are joined, if so many units fit. dot_narrow is
+ * dot4_units before it widens, and join_narrow joins such sums of eight blocks as join_sums does. */
+#define QZ_NARROW(bits, units) ((bits) < 8 && 4 * (units) <= QZ_UNITS_IN_I16(bits))
+QZ_INLINE v_i32 dot_narrow(const v_u8 *codes, const int8_t *digits, int units) {
+    __m256i sum = _mm256_maddubs_epi16(codes[0], load_u8(digits));
+    QZ_UNROLL
+    for (int i = 1; i < units; i++) {
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes[i], load_u8(digits + 32 * i)));
     }
-    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(v[0], v[1]), 0xd8);
+    return sum;
+}
+QZ_INLINE void join_narrow(v_i32 *v, int done) {
+    if (done % 2 == 0) {
+        const __m256i a = v[done - 2], b = v[done - 1];
+        v[done - 2] = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        QZ_HOLD(v[done - 2]);
+    }
+    if (done % 4 == 0) {
+        const __m256i a = v[done - 4], b = v[done - 2];
+        const __m256i four = _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+        v[done - 4] = _mm256_madd_epi16(four, _mm256_set1_epi16(1));
+        QZ_HOLD(v[done - 4]);
+    }
+    if (done == 8) v[0] = add_halves(v[0], v[4]);
+}
+
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    v_i32 sums[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < lanes; i++) {
+        sums[i] = v[i];
+        join_sums(sums, i + 1, lanes);
+    }
+    return sums[0];
 }
 
 QZ_INLINE void transpose_f32(v_f32 *rows) {
@@ -379,6 +432,18 @@ static inline v_i32 f32_from_e4m3(v_f32 to[4], const uint8_t *codes) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(v, largest), largest);
 }
 
+static inline v_i32 f32_from_scales_e4m3(v_f32 to[2], const uint8_t *codes, v_i32 most) {
+    const __m128i low = _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 2, -1, 3, -1, 6, -1, 7);
+    const __m128i high = _mm_setr_epi8(-1, 8, -1, 9, -1, 12, -1, 13, -1, 10, -1, 11, -1, 14, -1, 15);
+    const __m128i v = _mm_loadu_si128((const __m128i *)codes);
+    to[0] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_shuffle_epi8(v, low), 1));
+    to[1] = _mm256_cvtph_ps(_mm_srli_epi16(_mm_shuffle_epi8(v, high), 1));
+    return _mm256_zextsi128_si256(_mm_max_epu8(_mm256_castsi256_si128(most), v));
+}
+static inline int exceeds_7e(v_i32 most) {
+    return _mm_movemask_epi8(_mm_adds_epu8(_mm256_castsi256_si128(most), _mm_set1_epi8(1))) != 0;
+}
+
 /* Each step halves the lanes that are left of a vector and joins two vectors. */
 #define QZ_REDUCE_EACH(name, op)                                                           \
     static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                                 \
@@ -486,16 +551,36 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
 }
 static inline float first_f32(v_f32 v) { return _mm256_cvtss_f32(v); }
 
+/* Packing leaves four codes of each vector in either half; a shuffle brings together what they were joined to. */
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m256i ab = _mm256_packs_epi32(codes[0], codes[1]), cd = _mm256_packs_epi32(codes[2], codes[3]);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_packus_epi16(ab, cd), _mm256_set1_epi16(1 | 16 << 8));
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    _mm_storeu_si128((__m128i *)packed, _mm_shuffle_epi8(bytes, order));
+}
+
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     return _mm256_sub_epi32(counts, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
 }
 
+/* Tables of more than eight entries by halves, between which one bit of the index decides. */
+QZ_INLINE v_f32 choose_by_bit(v_f32 low, v_f32 high, v_i32 index, int bit) {
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 31 - bit)));
+}
+QZ_INLINE v_f32 look_up_16_f32(const float *table, v_i32 index) {
+    return choose_by_bit(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
+                         _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index), index, 3);
+}
+QZ_INLINE v_f32 look_up_32_f32(const float *table, v_i32 index) {
+    return choose_by_bit(look_up_16_f32(table, index), look_up_16_f32(table + 16, index), index, 4);
+}
 QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
-    if (bits > 4) return _mm256_i32gather_ps(table, index, 4);
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    if (bits < 4) return low;
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    if (bits == 3) return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    if (bits == 4) return look_up_16_f32(table, index);
+    if (bits == 5) return look_up_32_f32(table, index);
+    if (bits > 6) return _mm256_i32gather_ps(table, index, 4);
+    return choose_by_bit(look_up_32_f32(table, index), look_up_32_f32(table + 32, index), index, 5);
 }
 static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
     return _mm256_and_si256(_mm256_i32gather_epi32((const int *)(const void *)table, index, 1),
@@ -505,72 +590,99 @@ static inline v_bytes load_codes(const void *from) { return _mm256_loadu_si256((
 
 /* Attention over the KV cache. */
 
+#define QZ_SCORE_TOGETHER 2
 #define QZ_SCORE_ROWS 4
-#define QZ_SCORE_POSITIONS 1
-#define QZ_WEIGH_VECTORS 2
-#define QZ_WEIGH_UNITS 1
+#define QZ_SCORE_POSITIONS 3
+#define QZ_WEIGH_ROWS 3
+#define QZ_WEIGH_VECTORS 4
+#define QZ_WEIGH_HALVES 1
 
-QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
-    __m256 eights[8], fours[4], twos[2];
+QZ_INLINE v_f32 sum_of_each(const float *chains) {
+    __m256 fours[4], twos[2];
     QZ_UNROLL
-    for (int i = 0; i < 8; i++) { /* such an order that the last step leaves the sums in order */
-        const float *from = chains + 16 * (i % 2 * 4 + i / 2);
-        eights[i] = _mm256_add_ps(_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8));
-    }
-    QZ_UNROLL
-    for (int i = 0; i < 4; i++) {
-        __m256 a = eights[2 * i], b = eights[2 * i + 1];
+    for (int i = 0; i < 4; i++) { /* such an order that the last step leaves the sums in order */
+        const __m256 a = _mm256_loadu_ps(chains + 8 * i), b = _mm256_loadu_ps(chains + 8 * (i + 4));
         fours[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
     }
     QZ_UNROLL
     for (int i = 0; i < 2; i++) {
-        __m256 a = fours[2 * i], b = fours[2 * i + 1];
+        const __m256 a = fours[2 * i], b = fours[2 * i + 1];
         twos[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     }
     return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x44), _mm256_shuffle_ps(twos[0], twos[1], 0xee));
 }
 
-/* Up to 16 values by their bytes, which VPSHUFB looks up and unpacking joins; more are gathered. */
+/* Up to 64 values by their bytes, 16 to a table of VPSHUFB; more are gathered. */
 typedef struct v_centroids {
-    __m256i planes[4];
+    __m256i planes[4][4];
     const float *values;
 } v_centroids;
-static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
     v_centroids c = {.values = values};
-    for (int i = 0; i < 4; i++) c.planes[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)planes + i));
+    QZ_UNROLL
+    for (int i = 0; i < 16; i++) {
+        const __m128i entries = _mm_loadu_si128((const __m128i *)planes + i);
+        c.planes[i / 4][i % 4] = _mm256_broadcastsi128_si256(entries);
+    }
     return c;
 }
 
-/* The codes whose numbers are 0...3 modulo 8 in the lower half and the others in the upper, so that unpacking within
- * halves leaves eight neighbours. */
-QZ_INLINE __m256i codes_by_fours(const uint8_t *packed, int bits) {
-    const __m256i bytes_of_pairs = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, //
-                                                    2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
-    if (bits != 4) {
-        return _mm256_permutevar8x32_epi32(unpack_32_codes(packed, bits), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+/* of[n]: byte i of half h is code 32 h + 2 i + n. */
+typedef struct v_codes {
+    __m256i of[2];
+} v_codes;
+
+QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    if (bits == 4) {
+        const __m256i pairs = _mm256_loadu_si256((const __m256i *)packed), mask = _mm256_set1_epi8(15);
+        return (v_codes){{_mm256_and_si256(pairs, mask), _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask)}};
     }
-    __m256i pairs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
-    pairs = _mm256_shuffle_epi8(pairs, bytes_of_pairs);
-    return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    const __m256i a = unpack_32_codes(packed, bits), b = unpack_32_codes(packed + 4 * bits, bits);
+    const __m256i low = _mm256_permute2x128_si256(a, b, 0x20), high = _mm256_permute2x128_si256(a, b, 0x31);
+    const __m256i mask = _mm256_set1_epi16(0xff);
+    return (v_codes){{_mm256_packus_epi16(_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)),
+                      _mm256_packus_epi16(_mm256_srli_epi16(low, 8), _mm256_srli_epi16(high, 8))}};
 }
 
-QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
-    if (bits > 4) {
-        uint8_t codes[32];
-        _mm256_storeu_si256((__m256i *)codes, unpack_32_codes(packed, in_bytes ? 8 : bits));
+/* One byte of the values of codes; bits 4 and 5 of a code choose among tables. */
+QZ_INLINE __m256i look_up_bytes(const __m256i tables[4], __m256i codes, int bits) {
+    __m256i found = _mm256_shuffle_epi8(tables[0], codes);
+    if (bits <= 4) return found;
+    const __m256i is_odd = _mm256_slli_epi16(codes, 3);
+    found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(tables[1], codes), is_odd);
+    if (bits == 5) return found;
+    const __m256i third = _mm256_shuffle_epi8(tables[2], codes), fourth = _mm256_shuffle_epi8(tables[3], codes);
+    return _mm256_blendv_epi8(found, _mm256_blendv_epi8(third, fourth, is_odd), _mm256_slli_epi16(codes, 2));
+}
+
+/* Unpacked to words, even and odd ones become floats by a shift and by a mask, since the lower words of bfloat16 values
+ * are 0; what those of others are is blended in. */
+QZ_INLINE void centroids_of_32(v_f32 to[4], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
+    const __m256i of = codes.of[half], zero = _mm256_setzero_si256();
+    if (bits == 8) {
+        const __m256i words[2] = {_mm256_unpacklo_epi8(of, zero), _mm256_unpackhi_epi8(of, zero)};
         QZ_UNROLL
-        for (int i = 0; i < 4; i++) to[i] = _mm256_i32gather_ps(c->values, i32_from_u8(codes + 8 * i), 4);
+        for (int i = 0; i < 2; i++) {
+            to[i] = _mm256_i32gather_ps(c->values, _mm256_and_si256(words[i], _mm256_set1_epi32(0xffff)), 4);
+            to[i + 2] = _mm256_i32gather_ps(c->values, _mm256_srli_epi32(words[i], 16), 4);
+        }
         return;
     }
-    const __m256i codes = codes_by_fours(packed, bits);
-    const __m256i first = _mm256_shuffle_epi8(c->planes[0], codes), second = _mm256_shuffle_epi8(c->planes[1], codes);
-    const __m256i third = _mm256_shuffle_epi8(c->planes[2], codes), fourth = _mm256_shuffle_epi8(c->planes[3], codes);
-    const __m256i low = _mm256_unpacklo_epi8(first, second), low_end = _mm256_unpackhi_epi8(first, second);
-    const __m256i high = _mm256_unpacklo_epi8(third, fourth), high_end = _mm256_unpackhi_epi8(third, fourth);
-    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
-    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
-    to[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low_end, high_end));
-    to[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low_end, high_end));
+    const __m256i third = look_up_bytes(c->planes[2], of, bits), fourth = look_up_bytes(c->planes[3], of, bits);
+    const __m256i high[2] = {_mm256_unpacklo_epi8(third, fourth), _mm256_unpackhi_epi8(third, fourth)};
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        to[i] = _mm256_castsi256_ps(_mm256_slli_epi32(high[i], 16));
+        to[i + 2] = _mm256_castsi256_ps(_mm256_and_si256(high[i], _mm256_set1_epi32(-0x10000)));
+    }
+    if (!is_wide) return;
+    const __m256i first = look_up_bytes(c->planes[0], of, bits), second = look_up_bytes(c->planes[1], of, bits);
+    const __m256i low[2] = {_mm256_unpacklo_epi8(first, second), _mm256_unpackhi_epi8(first, second)};
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++) {
+        to[i] = _mm256_castsi256_ps(_mm256_blend_epi16(low[i], _mm256_castps_si256(to[i]), 0xaa));
+        to[i + 2] = _mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(low[i], 16), _mm256_castps_si256(to[i + 2])));
+    }
 }
 
 #endif

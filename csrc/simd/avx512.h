@@ -130,6 +130,10 @@ QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
     return _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
 }
 
+#define QZ_LOOSE_PLACE(i) (i)
+static inline v_f32 loosen_f32(v_f32 v) { return v; }
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *v) { return sum_blocks(v, 2); }
+
 QZ_INLINE void transpose_f32(v_f32 *rows) {
     __m512 t[16];
     QZ_UNROLL
@@ -260,6 +264,15 @@ static inline v_i32 f32_from_e4m3(v_f32 to[2], const uint8_t *codes) {
     return _mm512_zextsi256_si512(_mm256_cmpeq_epi8(_mm256_and_si256(v, largest), largest));
 }
 
+static inline v_i32 f32_from_scales_e4m3(v_f32 to[1], const uint8_t *codes, v_i32 most) {
+    const __m128i v = _mm_loadu_si128((const __m128i *)codes);
+    to[0] = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(v), 7));
+    return _mm512_zextsi128_si512(_mm_max_epu8(_mm512_castsi512_si128(most), v));
+}
+static inline int exceeds_7e(v_i32 most) {
+    return _mm_movemask_epi8(_mm_adds_epu8(_mm512_castsi512_si128(most), _mm_set1_epi8(1))) != 0;
+}
+
 /* Each step halves the lanes that are left of a vector and joins two vectors. */
 #define QZ_REDUCE_EACH(name, op)                                                       \
     static inline v_f32 name##_of_pair(v_f32 a, v_f32 b) {                             \
@@ -369,6 +382,25 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
 }
 static inline float first_f32(v_f32 v) { return _mm_cvtss_f32(_mm512_castps512_ps128(v)); }
 
+/* Packing leaves the bytes of vector v in dword v of each 128-bit lane; VPERMB puts in order what they were joined to.
+ */
+#define QZ_NIBBLES_OF(v) \
+    4 * (v), 4 * (v) + 2, 4 * (v) + 16, 4 * (v) + 18, 4 * (v) + 32, 4 * (v) + 34, 4 * (v) + 48, 4 * (v) + 50
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    static const uint8_t order[64] = {QZ_NIBBLES_OF(0), QZ_NIBBLES_OF(1), QZ_NIBBLES_OF(2), QZ_NIBBLES_OF(3)};
+    const __m512i ab = _mm512_packs_epi32(codes[0], codes[1]), cd = _mm512_packs_epi32(codes[2], codes[3]);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_packus_epi16(ab, cd), _mm512_set1_epi16(1 | 16 << 8));
+    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(order), pairs);
+    _mm256_storeu_si256((__m256i *)packed, _mm512_castsi512_si256(bytes));
+}
+
+/* Every even element twice, and every odd one: by loads alone. */
+static inline v_f32 load_even_f32(const float *from) { return _mm512_moveldup_ps(_mm512_loadu_ps(from)); }
+static inline v_f32 load_odd_f32(const float *from) { return _mm512_movehdup_ps(_mm512_loadu_ps(from)); }
+
+/* VRANGEPS: the smaller magnitude (2) with the sign of the first operand. */
+static inline v_f32 clamp_f32(v_f32 v, v_f32 most) { return _mm512_range_ps(v, most, 2); }
+
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     const __mmask16 greater = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(counts, greater, counts, _mm512_set1_epi32(1));
@@ -377,8 +409,11 @@ static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
 QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
     const __m512 first = _mm512_loadu_ps(table);
     if (bits <= 4) return _mm512_permutexvar_ps(index, first);
-    if (bits == 5) return _mm512_permutex2var_ps(first, index, _mm512_loadu_ps(table + 16));
-    return _mm512_i32gather_ps(index, table, 4);
+    if (bits > 6) return _mm512_i32gather_ps(index, table, 4);
+    const __m512 low = _mm512_permutex2var_ps(first, index, _mm512_loadu_ps(table + 16));
+    if (bits == 5) return low;
+    const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32), index, _mm512_loadu_ps(table + 48));
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), low, high);
 }
 static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
     return _mm512_and_si512(_mm512_i32gather_epi32(index, table, 1), _mm512_set1_epi32(0xff));
@@ -387,12 +422,14 @@ static inline v_bytes load_codes(const void *from) { return _mm512_loadu_si512(f
 
 /* Attention over the KV cache. */
 
+#define QZ_SCORE_TOGETHER 4
 #define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 4
-#define QZ_WEIGH_VECTORS 2
-#define QZ_WEIGH_UNITS 4
+#define QZ_WEIGH_ROWS 4
+#define QZ_WEIGH_VECTORS 4
+#define QZ_WEIGH_HALVES 4
 
-QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
+QZ_INLINE v_f32 sum_of_each(const float *chains) {
     __m512 v[16], eights[8], fours[4], twos[2];
     QZ_UNROLL
     for (int i = 0; i < 16; i++) /* such an order that the last step leaves the sums in order */
@@ -420,53 +457,44 @@ typedef struct v_centroids {
     __m512 of_16[4];
     const float *values;
 } v_centroids;
-static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
     v_centroids c = {.values = values};
     (void)planes;
+    QZ_UNROLL
     for (int i = 0; i < 4; i++) c.of_16[i] = _mm512_loadu_ps(values + 16 * i);
     return c;
 }
 
-/* Sixteen codes of up to 4 bits, from `first` on, of the 64 bits at `packed`, each at the bottom of its lane, with
- * something else above it: VPERMPS looks at four bits, and of narrower codes the values are repeated. */
-QZ_INLINE v_i32 codes_of_64_bits(const uint8_t *packed, int bits, int first) {
-    const __m512i places = _mm512_setr_epi64(0x100000000, 0x300000002, 0x500000004, 0x700000006, 0x900000008,
-                                             0xb0000000a, 0xd0000000c, 0xf0000000e);
-    const __m512i shifts =
-        _mm512_add_epi32(_mm512_mullo_epi32(places, _mm512_set1_epi32(bits)), _mm512_set1_epi32(first));
-    int64_t all;
-    memcpy(&all, packed, sizeof all);
-    return _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(all));
+/* Lanes 8 u + 4 h + d take what is left over of the number of an element, 32 h + 16 u + 4 d + step: lanes of 64 bits
+ * get the bytes of eight codes, from 8 (4 h + 2 u + d / 2) on, and each step takes one of them into either half. */
+#define QZ_EIGHT_CODES(bits, eighth) ((int64_t)((bits) * (eighth)) * 0x0101010101010101 + 0x0706050403020100)
+typedef __m512i v_codes;
+
+QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    const __m512i order = _mm512_setr_epi64(QZ_EIGHT_CODES(bits, 0), QZ_EIGHT_CODES(bits, 1), QZ_EIGHT_CODES(bits, 4),
+                                            QZ_EIGHT_CODES(bits, 5), QZ_EIGHT_CODES(bits, 2), QZ_EIGHT_CODES(bits, 3),
+                                            QZ_EIGHT_CODES(bits, 6), QZ_EIGHT_CODES(bits, 7));
+    return _mm512_permutexvar_epi8(order, _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - 8 * bits), packed));
 }
 
+/* Of codes at the bottom of their lanes, with something else above them: VPERMPS looks at four bits, and of narrower
+ * codes the values are repeated; VPERMI2PS looks at five. */
 QZ_INLINE v_f32 centroids_of_lanes(v_i32 codes, const v_centroids *c, int bits) {
     if (bits <= 4) return _mm512_permutexvar_ps(codes, c->of_16[0]);
+    if (bits == 8) return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)), c->values, 4);
     const __m512 low = _mm512_permutex2var_ps(c->of_16[0], codes, c->of_16[1]);
     if (bits == 5) return low;
     const __m512 high = _mm512_permutex2var_ps(c->of_16[2], codes, c->of_16[3]);
-    return _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(codes, _mm512_set1_epi32(31)), low, high);
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(codes, _mm512_set1_epi32(32)), low, high);
 }
 
-QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
-    if (bits <= 4) {
-        to[0] = centroids_of_lanes(codes_of_64_bits(packed, bits, 0), c, bits);
-        to[1] = centroids_of_lanes(codes_of_64_bits(packed + 4 * bits - 8, bits, 64 - 16 * bits), c, bits);
-        return;
-    }
-    const __m512i codes = unpack_in_order(packed, in_bytes ? 8 : bits, 32);
-    if (bits < 8) {
-        to[0] = centroids_of_lanes(_mm512_cvtepu8_epi32(_mm512_castsi512_si128(codes)), c, bits);
-        to[1] = centroids_of_lanes(_mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(codes, 1)), c, bits);
-        return;
-    }
-    uint8_t each[64];
-    store_u8(each, codes);
+QZ_INLINE void centroids_of_32(v_f32 to[2], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
+    (void)is_wide;
     QZ_UNROLL
     for (int i = 0; i < 2; i++) {
-        const __m256i low = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(each + 16 * i)));
-        const __m256i high = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(each + 16 * i + 8)));
-        const __m256 a = _mm256_i32gather_ps(c->values, low, 4), b = _mm256_i32gather_ps(c->values, high, 4);
-        to[i] = _mm512_castsi512_ps(join_halves(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+        const int64_t first = bits * (half + 2 * i), other = first + 4 * bits;
+        const __m512i places = _mm512_set1_epi64(other << 32 | first);
+        to[i] = centroids_of_lanes(_mm512_multishift_epi64_epi8(places, codes), c, bits);
     }
 }
 

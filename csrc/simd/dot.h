@@ -43,9 +43,28 @@ QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count)
 /* For each code below 16 what stands there in the table. */
 static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes);
 
+/* Sums in the order that costs least: block i of each QZ_LANES stands at QZ_LOOSE_PLACE(i). loosen_f32 goes there from
+ * the plain order, and back again. sum_pairs_loosely: sum_blocks of two vectors, but for the order. */
+static inline v_f32 loosen_f32(v_f32 v);
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *sums);
+
+/* 16 codes of FP8 (E4M3) from 0 to 0x7e, as scales are, divided by 256, in loose order; others are wrong. What it
+ * returns keeps the largest codes that were seen, `most` before: exceeds_7e says whether there were others. */
+static inline v_i32 f32_from_scales_e4m3(v_f32 to[16 / QZ_LANES], const uint8_t *codes, v_i32 most);
+static inline int exceeds_7e(v_i32 most);
+
 /* Of `lanes` vectors, each of which holds QZ_LANES / lanes blocks of `lanes` neighbouring lanes, the sums of all
  * QZ_LANES blocks, in order, modulo 2^32. lanes is a power of two up to QZ_LANES. */
 QZ_INLINE v_i32 sum_blocks(const v_i32 *sums, int lanes);
+
+/* sum_blocks in steps, one after each sums[done - 1]; after the last, the result is sums[0]. A header with few
+ * registers joins sums as they come, and defines QZ_JOINS_EARLY. */
+QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes);
+#ifndef QZ_JOINS_EARLY
+QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes) {
+    if (done == lanes) sums[0] = sum_blocks(sums, lanes);
+}
+#endif
 
 /* Rows become columns: QZ_LANES vectors, in place. */
 QZ_INLINE void transpose_f32(v_f32 *rows);
@@ -57,7 +76,8 @@ static inline v_f32 double_lanes(v_f32 v);
  *
  * QZ_TILE_VECTORS, QZ_TILE_M   vectors of outputs, and rows of x, whose sums fit the registers
  *
- * A header may offer sums over int16 pairs, too, as avx2.h does: QZ_PAIRS. */
+ * A header may offer sums over int16 pairs, too, as avx2.h does: QZ_PAIRS. And where there is one digit, it may leave
+ * sums of blocks to int16, QZ_NARROW: avx2.h says how. */
 
 /* a[0] b[0] c[0] d[0] a[1] b[1] ...: four vectors of bytes. */
 static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d);

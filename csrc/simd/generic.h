@@ -219,8 +219,8 @@ static inline v_bytes min_bytes(v_bytes a, int b) {
     return a;
 }
 
-/* Writes QZ_BYTES codes of `bits` bits each as a bit stream, and may write whatever it likes to the 64 bytes after it.
- */
+/* Writes QZ_BYTES codes of `bits` bits each as a bit stream, and may write whatever it likes to the 64 bytes after it,
+ * but for 8 bits. */
 QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     uint8_t plain[sizeof codes];
     memcpy(plain, &codes, sizeof codes);
@@ -229,8 +229,9 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
 
 /* The KV cache. */
 
-/* QZ_TABLE_BITS: a table of 2^that entries of 32 bits is looked up by one instruction, and 5 says as well that of an
- * index only the lowest five bits count. */
+/* QZ_TABLE_BITS: a table of 2^that entries of 32 bits is looked up by one instruction; 5 says as well that of an index
+ * for 2^bits entries only the lowest `bits` bits count, and that there is clamp_f32(v, most), which is v between -most
+ * and most. */
 #define QZ_TABLE_BITS 4
 
 /* Lane i is lane i ^ distance of v: 1, 2, 4 or 8, less than QZ_LANES, and a constant once inlined. */
@@ -239,16 +240,26 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
 }
 static inline float first_f32(v_f32 v) { return v[0]; }
 
+/* Writes QZ_BYTES codes of 4 bits, and nothing after them. */
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    store_packed(packed, bytes_from_i32(codes[0], codes[1], codes[2], codes[3]), 4);
+}
+
 /* counts + 1 where a > b. */
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) { return counts - (v_i32)(a > b); }
 
-/* Element index[i] of a table of 2^bits, but where bits is less than 4: then it is repeated up to 16, and an index is
- * below 16. */
+/* Element index[i] of a table of 2^bits: 3 to 6, or 8. */
 QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
     (void)bits;
     return (v_f32){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
-/* The same of a table of bytes, of any size; three bytes after the last can be read. */
+/* Lane i is the sum of the QZ_LANES floats at chains + QZ_LANES * i, added by halves. */
+static inline v_f32 sum_of_each(const float *chains) {
+    v_f32 sums;
+    for (int i = 0; i < QZ_LANES; i++, chains += QZ_LANES) sums[i] = (chains[0] + chains[2]) + (chains[1] + chains[3]);
+    return sums;
+}
+/* Element index[i] of a table of bytes, of any size; three bytes after the last can be read. */
 static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
     return (v_i32){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }

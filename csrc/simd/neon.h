@@ -110,6 +110,10 @@ QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
     return vpaddq_s32(v[0], v[1]);
 }
 
+#define QZ_LOOSE_PLACE(i) (i)
+static inline v_f32 loosen_f32(v_f32 v) { return v; }
+QZ_INLINE v_i32 sum_pairs_loosely(const v_i32 *v) { return sum_blocks(v, 2); }
+
 QZ_INLINE void transpose_f32(v_f32 *rows) {
     float32x4x2_t a = vtrnq_f32(rows[0], rows[1]), b = vtrnq_f32(rows[2], rows[3]);
     rows[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
@@ -236,6 +240,18 @@ static inline v_i32 f32_from_e4m3(v_f32 to[8], const uint8_t *codes) {
     return vreinterpretq_s32_u8(odd);
 }
 
+static inline v_i32 f32_from_scales_e4m3(v_f32 to[4], const uint8_t *codes, v_i32 most) {
+    const uint8x16_t v = vld1q_u8(codes);
+    const float16x8_t low = vreinterpretq_f16_u16(vshll_n_u8(vget_low_u8(v), 7));
+    const float16x8_t high = vreinterpretq_f16_u16(vshll_n_u8(vget_high_u8(v), 7));
+    to[0] = vcvt_f32_f16(vget_low_f16(low));
+    to[1] = vcvt_high_f32_f16(low);
+    to[2] = vcvt_f32_f16(vget_low_f16(high));
+    to[3] = vcvt_high_f32_f16(high);
+    return vreinterpretq_s32_u8(vmaxq_u8(vreinterpretq_u8_s32(most), v));
+}
+static inline int exceeds_7e(v_i32 most) { return vmaxvq_u8(vreinterpretq_u8_s32(most)) > 0x7e; }
+
 static inline v_f32 least_of_each(const v_f32 v[QZ_LANES]) {
     return vpminq_f32(vpminq_f32(v[0], v[1]), vpminq_f32(v[2], v[3]));
 }
@@ -300,20 +316,32 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
 QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) { return distance == 1 ? vrev64q_f32(v) : vextq_f32(v, v, 2); }
 static inline float first_f32(v_f32 v) { return vgetq_lane_f32(v, 0); }
 
+QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
+    const uint16x8_t pairs = vreinterpretq_u16_u8(bytes_from_i32(codes[0], codes[1], codes[2], codes[3]));
+    vst1_u8(packed, vmovn_u16(vsraq_n_u16(pairs, pairs, 4)));
+}
+
 static inline v_i32 count_greater(v_i32 counts, v_f32 a, v_f32 b) {
     return vsubq_s32(counts, vreinterpretq_s32_u32(vcgtq_f32(a, b)));
 }
 
+/* TBX keeps what it is given where an index is beyond its 64 bytes. */
 QZ_INLINE v_f32 look_up_f32(const float *table, v_i32 index, int bits) {
-    if (bits > 4) {
+    if (bits > 6) {
         int32_t at[4];
         vst1q_s32(at, index);
         const float found[4] = {table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
         return vld1q_f32(found);
     }
-    const uint8x16x4_t bytes = vld1q_u8_x4((const uint8_t *)table);
+    const uint8_t *bytes = (const uint8_t *)table;
     const uint32x4_t four = vmlaq_n_u32(vdupq_n_u32(0x03020100), vreinterpretq_u32_s32(index), 0x04040404);
-    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(four)));
+    const uint8x16_t at = vreinterpretq_u8_u32(four);
+    uint8x16_t found = vqtbl4q_u8(vld1q_u8_x4(bytes), at);
+    QZ_UNROLL
+    for (int i = 64; i < 4 << bits; i += 64) {
+        found = vqtbx4q_u8(found, vld1q_u8_x4(bytes + i), vsubq_u8(at, vdupq_n_u8((uint8_t)i)));
+    }
+    return vreinterpretq_f32_u8(found);
 }
 static inline v_i32 gather_u8(const uint8_t *table, v_i32 index) {
     int32_t at[4];
@@ -325,72 +353,101 @@ static inline v_bytes load_codes(const void *from) { return vld1q_u8(from); }
 
 /* Attention over the KV cache. */
 
-#define QZ_SCORE_ROWS 2
+#define QZ_SCORE_TOGETHER 2
+#define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 2
+#define QZ_WEIGH_ROWS 4
 #define QZ_WEIGH_VECTORS 4
-#define QZ_WEIGH_UNITS 1
+#define QZ_WEIGH_HALVES 2
 
-QZ_INLINE v_f32 sum_of_each_16(const float *chains) {
-    float32x4_t fours[4], twos[2];
-    QZ_UNROLL
-    for (int i = 0; i < 4; i++) {
-        const float *from = chains + 16 * i;
-        fours[i] = vaddq_f32(vaddq_f32(vld1q_f32(from), vld1q_f32(from + 8)),
-                             vaddq_f32(vld1q_f32(from + 4), vld1q_f32(from + 12)));
-    }
+QZ_INLINE v_f32 sum_of_each(const float *chains) {
+    float32x4_t twos[2];
     QZ_UNROLL
     for (int i = 0; i < 2; i++) {
-        const float32x4_t a = fours[2 * i], b = fours[2 * i + 1];
+        const float32x4_t a = vld1q_f32(chains + 8 * i), b = vld1q_f32(chains + 8 * i + 4);
         twos[i] =
             vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
     }
     return vpaddq_f32(twos[0], twos[1]);
 }
 
-/* Up to 16 values by their bytes, which TBL looks up and zipping joins; more are loaded one by one. */
+/* Up to 64 values by their bytes, which TBL looks up; more are loaded one by one. */
 typedef struct v_centroids {
-    uint8x16_t planes[4];
+    uint8x16x4_t planes[4];
     const float *values;
 } v_centroids;
-static inline v_centroids load_centroids(const float *values, const uint8_t planes[64]) {
+QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
     v_centroids c = {.values = values};
-    for (int i = 0; i < 4; i++) c.planes[i] = vld1q_u8(planes + 16 * i);
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) c.planes[i] = vld1q_u8_x4(planes + 64 * i);
     return c;
 }
 
-QZ_INLINE void centroids_of_16(v_f32 *to, uint8x16_t codes, const v_centroids *c) {
-    const uint8x16_t first = vqtbl1q_u8(c->planes[0], codes), second = vqtbl1q_u8(c->planes[1], codes);
-    const uint8x16_t third = vqtbl1q_u8(c->planes[2], codes), fourth = vqtbl1q_u8(c->planes[3], codes);
-    const uint16x8_t low = vreinterpretq_u16_u8(vzip1q_u8(first, second));
-    const uint16x8_t low_end = vreinterpretq_u16_u8(vzip2q_u8(first, second));
-    const uint16x8_t high = vreinterpretq_u16_u8(vzip1q_u8(third, fourth));
-    const uint16x8_t high_end = vreinterpretq_u16_u8(vzip2q_u8(third, fourth));
-    to[0] = vreinterpretq_f32_u16(vzip1q_u16(low, high));
-    to[1] = vreinterpretq_f32_u16(vzip2q_u16(low, high));
-    to[2] = vreinterpretq_f32_u16(vzip1q_u16(low_end, high_end));
-    to[3] = vreinterpretq_f32_u16(vzip2q_u16(low_end, high_end));
+/* of[n][h]: byte i is code 32 h + 2 i + n. */
+typedef struct v_codes {
+    uint8x16_t of[2][2];
+} v_codes;
+
+QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    v_codes codes;
+    QZ_UNROLL
+    for (int h = 0; h < 2; h++, packed += 4 * bits) {
+        if (bits == 4) {
+            const uint8x16_t pairs = vld1q_u8(packed);
+            codes.of[0][h] = vandq_u8(pairs, vdupq_n_u8(15));
+            codes.of[1][h] = vshrq_n_u8(pairs, 4);
+        } else {
+            const uint8x16_t a = unpack_in_order(packed, bits, 16), b = unpack_in_order(packed + 2 * bits, bits, 16);
+            codes.of[0][h] = vuzp1q_u8(a, b);
+            codes.of[1][h] = vuzp2q_u8(a, b);
+        }
+    }
+    return codes;
 }
 
-QZ_INLINE void centroids_of_32(v_f32 *to, const uint8_t *packed, const v_centroids *c, int bits, int in_bytes) {
-    if (bits > 4) {
-        uint8_t codes[32];
-        unpack_bits(codes, packed, in_bytes ? 8 : bits, 32);
-        QZ_UNROLL
-        for (int i = 0; i < 8; i++) {
-            const uint8_t *four = codes + 4 * i;
-            to[i] = (v_f32){c->values[four[0]], c->values[four[1]], c->values[four[2]], c->values[four[3]]};
+QZ_INLINE uint8x16_t look_up_bytes(uint8x16x4_t table, uint8x16_t codes, int bits) {
+    if (bits <= 4) return vqtbl1q_u8(table.val[0], codes);
+    if (bits == 5) return vqtbl2q_u8((uint8x16x2_t){{table.val[0], table.val[1]}}, codes);
+    return vqtbl4q_u8(table, codes);
+}
+
+/* Zipped to words, even and odd ones become floats by a shift and by a mask, since the lower words of bfloat16 values
+ * are 0; those of others are shifted in. */
+QZ_INLINE void centroids_of_32(v_f32 to[8], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
+    QZ_UNROLL
+    for (int h = 0; h < 2; h++) {
+        const uint8x16_t of = codes.of[half][h];
+        if (bits == 8) {
+            uint8_t each[16];
+            vst1q_u8(each, of);
+            QZ_UNROLL
+            for (int i = 0; i < 4; i++) { /* from 8 u + p on, to 4 p + 2 u + h */
+                const uint8_t *at = each + i % 2 * 8 + i / 2;
+                to[2 * i + h] = (v_f32){c->values[at[0]], c->values[at[2]], c->values[at[4]], c->values[at[6]]};
+            }
+            continue;
         }
-        return;
+        const uint8x16_t third = look_up_bytes(c->planes[2], of, bits), fourth = look_up_bytes(c->planes[3], of, bits);
+        const uint32x4_t high[2] = {vreinterpretq_u32_u8(vzip1q_u8(third, fourth)),
+                                    vreinterpretq_u32_u8(vzip2q_u8(third, fourth))};
+        if (is_wide) {
+            const uint8x16_t first = look_up_bytes(c->planes[0], of, bits);
+            const uint8x16_t second = look_up_bytes(c->planes[1], of, bits);
+            const uint32x4_t low[2] = {vreinterpretq_u32_u8(vzip1q_u8(first, second)),
+                                       vreinterpretq_u32_u8(vzip2q_u8(first, second))};
+            QZ_UNROLL
+            for (int u = 0; u < 2; u++) {
+                to[2 * u + h] = vreinterpretq_f32_u32(vsliq_n_u32(low[u], high[u], 16));
+                to[4 + 2 * u + h] = vreinterpretq_f32_u32(vsriq_n_u32(high[u], low[u], 16));
+            }
+        } else {
+            QZ_UNROLL
+            for (int u = 0; u < 2; u++) {
+                to[2 * u + h] = vreinterpretq_f32_u32(vshlq_n_u32(high[u], 16));
+                to[4 + 2 * u + h] = vreinterpretq_f32_u32(vandq_u32(high[u], vdupq_n_u32(0xffff0000)));
+            }
+        }
     }
-    if (bits == 4) {
-        const uint8x16_t pairs = vld1q_u8(packed);
-        const uint8x16_t even = vandq_u8(pairs, vdupq_n_u8(15)), odd = vshrq_n_u8(pairs, 4);
-        centroids_of_16(to, vzip1q_u8(even, odd), c);
-        centroids_of_16(to + 4, vzip2q_u8(even, odd), c);
-        return;
-    }
-    centroids_of_16(to, unpack_in_order(packed, bits, 16), c);
-    centroids_of_16(to + 4, unpack_in_order(packed + 2 * bits, bits, 16), c);
 }
 
 #endif

@@ -148,7 +148,7 @@ def kv_attention(
     >>> import numpy as np, quantization as q
     >>> packed, norms = np.full((2, 8, 32), 0xFF, np.uint8), np.ones((2, 8, 1), np.float16)
     >>> x = q.kv_attention(np.zeros((4, 64), np.float32), (packed, norms), (packed, norms), length=3)
-    >>> x.shape, bool(np.isclose(np.linalg.norm(x[0]), 8 * 2.7325896))
+    >>> x.shape, bool(np.isclose(np.linalg.norm(x[0]), 8 * 2.734375))
     ((4, 64), True)
     """
     # fmt: off
