@@ -48,7 +48,7 @@ def bound(queries, keys, values, *, length, start=0, scale=None, mask=None, soft
     steps = 8 + chunks  # t
     relative = np.where(weights > 0, off + U * spread + 5 * U * (steps + 2), 0)  # e_i
     relative = relative + relative.max(axis=-1, keepdims=True, initial=0) + gamma(min(L, 512) + steps + 2 * chunks + 6)
-    error = np.einsum("htl,hld->htd", weights * relative, np.abs(v))
+    error = np.einsum("htl,hld->htd", weights * relative, np.abs(v)) + 2.0**-126 * np.abs(v).sum(axis=1, keepdims=True)
     total = np.einsum("htl,hld->htd", weights, v)
     size = np.linalg.norm(reference.in_blocks(error, values.B), axis=-1, keepdims=True)
     size = size + rotation_error(values.B) * np.linalg.norm(

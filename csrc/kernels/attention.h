@@ -459,7 +459,7 @@ static void QZ_NAME(soften)(float *scores, qz_softmax *s) {
     s->max = max;
 }
 
-/* count is a multiple of 32. */
+/* count is a multiple of 64. */
 static void QZ_NAME(rescale)(float *values, ptrdiff_t count, float factor) {
     const v_f32 factors = set1_f32(factor);
     const v_i32 has = has_weight(factors);

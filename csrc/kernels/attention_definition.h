@@ -28,8 +28,8 @@
  * with v_i rotated and |v_i| its elements' magnitudes. Terms are rounded when scaled (2), at most once a position of
  * the chunk, once a tile, twice a chunk; the sum of weights less often, though its weights may all be off by max e; the
  * quotient adds 2. Rotating back keeps the norm of these errors and adds its own. Weights below exp(-87) count as 0,
- * less than 1e-37 in all. The result's type rounds once more. tests/attention_bound.py computes this bound, and
- * tests hold every result to it. */
+ * which adds 2^-126 |sum_i |v_i||. The result's type rounds once more. tests/attention_bound.py computes this bound,
+ * and tests hold every result to it. */
 #include "attention_math.h"
 
 static float exp_of_f32(float x) {

@@ -123,10 +123,11 @@ def kv_attention(
     cache share the decoding.
 
     Beside exact attention to what the caches hold, and to first order in u = 2**-24, a score s_i is off by at most
-    d_i = u (D/16 + log2(D) + 13) abs(scale) norm(q) norm(k_i) for D a power of two, a weight by
+    d_i = u (4 ceil(D/64) + log2(D) + 13) abs(scale) norm(q) norm(k_i) for D a power of two, a weight by
     e_i = d_i + u (max(s) - s_i + 50 + 5 c) of itself with c = ceil(L/512), and the result, in the Euclidean norm, by
-    norm(sum_i w_i (e_i + max(e) + u (min(L, 512) + 3 c + 14)) abs(v_i)) + u (log2(Dv) + 2) norm(sum_i w_i v_i), v_i
-    rotated. ``csrc/kernels/attention_definition.h`` derives this, for other D, softcap and masks too.
+    norm(sum_i w_i (e_i + max(e) + u (min(L, 512) + 3 c + 14)) abs(v_i)) + u (log2(Dv) + 2) norm(sum_i w_i v_i)
+    + 2**-126 norm(sum_i abs(v_i)), v_i rotated. ``csrc/kernels/attention_definition.h`` derives this, for other D,
+    softcap and masks too.
 
     A query that sees nothing gives 0, and so does one whose scores are all minus infinity. NaN in q, in a scale of a
     key that is seen, or in a mask gives NaN. A scale of a value that is not finite, be it NaN or an infinity (to which
