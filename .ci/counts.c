@@ -107,12 +107,16 @@ static void count_matmul_t(int which, int digits, ptrdiff_t m) {
     }
 }
 
+/* Outputs of a job of y = x W, and its smaller k: one row of x has wide jobs, in which groups are prepared together. */
+static ptrdiff_t columns_of(ptrdiff_t m) { return m == 1 ? 8 * GROUP : GROUP; }
+static ptrdiff_t least_k(ptrdiff_t m) { return m == 1 ? 256 : 1024; }
+
 static void count_matmul_n(ptrdiff_t m) {
     const qz_format_kernels *format = kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64);
     char name[64];
     snprintf(name, sizeof name, "matmul_n_4_digits_3_m_%td", m);
-    for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
-        count_multiply(name, format->matmul_n[2], job_of(4, k, GROUP, m, values, k * 4));
+    for (ptrdiff_t k = least_k(m); k <= 2 * least_k(m); k *= 2) {
+        count_multiply(name, format->matmul_n[2], job_of(4, k, columns_of(m), m, values, k * 4));
     }
 }
 
@@ -139,8 +143,8 @@ static void count_fp_matmul(const small_floats *f, ptrdiff_t m) {
                        fp_job(f, m == 1 ? QZ_TILE_ROWS : QZ_PREFILL_ROWS, k, m, prepared, stride));
     }
     snprintf(name, sizeof name, "matmul_n_%s_m_%td", f->name, m);
-    for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
-        count_multiply(name, format->matmul_n[2], fp_job(f, k, GROUP, m, values, k * 4));
+    for (ptrdiff_t k = least_k(m); k <= 2 * least_k(m); k *= 2) {
+        count_multiply(name, format->matmul_n[2], fp_job(f, k, columns_of(m), m, values, k * 4));
     }
 }
 

@@ -11,7 +11,7 @@
 
 /* Outputs of one job: QZ_TILE_ROWS where rows of x are few, since each is a chain of dependent additions, and
  * QZ_PREFILL_ROWS where they are many, so that they stay in the caches meanwhile. For _n up to QZ_TILE_COLUMNS, so that
- * lines of weights are long. */
+ * lines of weights are long, and more for few rows of x (cpu/matmul.c). */
 enum {
     QZ_TILE_ROWS = 16,
     QZ_PREFILL_ROWS = 64,
@@ -22,9 +22,9 @@ enum {
     QZ_MAX_GROUP = 128
 };
 
-/* FP8 weights (kernels/matmul_definition_fp.h): k of a panel, and the chains of sums in it. FP4 weights: the same, but
- * blocks of a panel. */
-enum { QZ_FP8_PANEL = 256, QZ_FP8_CHAINS = 16, QZ_FP4_PANEL = 64, QZ_FP4_CHAINS = 16 };
+/* FP8 weights (kernels/matmul_definition_fp.h): k of a panel, and the chains of sums in it. nvfp4: the same, but blocks
+ * of a panel. */
+enum { QZ_FP8_PANEL = 256, QZ_FP8_CHAINS = 16, QZ_NVFP4_PANEL = 64, QZ_NVFP4_CHAINS = 16 };
 
 /* The float class: outputs of a tile at most, _t and _n, which is also the pitch of y; k of a job at most where weights
  * are decoded first, multiples of every group size. Up to QZ_FLOAT_FEW rows of x, _t multiplies codes as they are. */

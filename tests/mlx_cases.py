@@ -18,7 +18,7 @@ import reference_fp
 
 KINDS = ("float32", "float16", "bfloat16")
 
-CASES = [("affine", size, bits) for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128)] + [
+CASES = [("affine", size, bits) for bits in (1, 2, 3, 4, 5, 6, 8) for size in (32, 64, 128)] + [
     ("mxfp4", 32, 4),
     ("mxfp8", 32, 8),
     ("nvfp4", 16, 4),

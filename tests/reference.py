@@ -582,6 +582,9 @@ def edge_groups(length, bits):
     groups = {
         "zeros": 0 * k,
         "negative zeros": -0.0 * k,
+        "zeros of both signs": np.where(k % 2, F32(-0.0), F32(0)),
+        # the second zero stands in the first lane of any vector, where a least element is looked for before others
+        "zero, then -0": np.where(k == 3, F32(0), np.where(k == 16, F32(-0.0), F32(1))),
         "constant": 0 * k + F32(0.3),
         "negative constant": 0 * k - F32(0.3),
         "all positive": 1 + k / length,

@@ -14,7 +14,7 @@ FP8 = np.array([m * 2.0**-9 if m < 8 else (8 + m % 8) * 2.0 ** (m // 8 - 10) for
 GROUP_SIZES = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 BITS = {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 
-PANEL, CHAINS = 64, 16  # of products with FP4 weights: groups of a panel, and its chains
+PANEL, CHAINS = 64, 16  # of products with nvfp4 weights: groups of a panel, and its chains
 
 
 def rounded(x, kind):
@@ -123,14 +123,22 @@ def _plain(x, weights):
     return total
 
 
-def _term_fp4(x, numbers, p):
-    """float(G) * 2^(e-1) of one block: x [M, n], numbers [N, n] float64."""
+def _term_fp4(x, numbers, p, s):
+    """(float(G) * s) * 2^(e-1) of one block: x [M, n], numbers [N, n] float64, s [N] float32 or 1."""
     v, e = ref.fixed_point(x, p)
-    return ref.integer_dot(v, numbers.T, False) * ref.two_to(e - 1).astype(F32)[:, None]
+    return (ref.integer_dot(v, numbers.T, False) * s) * ref.two_to(e - 1).astype(F32)[:, None]
+
+
+def _add_term_fp4(total, x, numbers, p, s):
+    """Total and the term of one block: s [N] float32; the plain sum where x is not finite."""
+    finite = np.isfinite(x).all(axis=1)
+    term = _term_fp4(np.where(finite[:, None], x, F32(0)), numbers, p, s)
+    term[~finite] = _plain(x[~finite][:, None], s[:, None] * (numbers / 2).astype(F32))
+    return total + term
 
 
 def _link_fp4(total, x, numbers, p, s):
-    """Fused (float(G) * s) * 2^(e-1) + total of one block: also s [N] float32; the plain sum where x is not finite."""
+    """_add_term_fp4, but fused."""
     finite = np.isfinite(x).all(axis=1)
     v, e = ref.fixed_point(np.where(finite[:, None], x, F32(0)), p)
     linked = fused(ref.integer_dot(v, numbers.T, False) * s, ref.two_to(e - 1)[:, None], total)
@@ -152,7 +160,10 @@ def fp4_t_bits(x, codes, stored, mode, digits):
     y = np.zeros((len(x), len(codes)), F32)
     groups = x.shape[1] // n
     with np.errstate(all="ignore"):
-        for first in range(0, groups, PANEL):
+        for group in range(groups if mode == "mxfp4" else 0):
+            k = slice(group * n, (group + 1) * n)
+            y = _add_term_fp4(y, x[:, k], _twice(codes[:, k]), p, scales[:, group])
+        for first in range(0, groups if mode == "nvfp4" else 0, PANEL):
             for chain in range(first, min(first + CHAINS, groups)):
                 total = np.zeros_like(y)
                 for group in range(chain, min(first + PANEL, groups), CHAINS):
@@ -173,7 +184,7 @@ def fp4_n_bits(x, codes, stored, mode, digits):
                 s, columns = scales[first : first + 64, group], slice(group * size, (group + 1) * size)
                 twice, t = _twice(codes[first : first + 64, columns]), block * s
                 finite = np.isfinite(t).all(axis=1)
-                term = _term_fp4(np.where(finite[:, None], t, F32(0)), twice.T, p)
+                term = _term_fp4(np.where(finite[:, None], t, F32(0)), twice.T, p, F32(1))
                 weights = s[:, None] * (twice / 2).astype(F32)
                 term[~finite] = _plain(block[~finite][:, None], weights.T)
                 y[:, columns] = y[:, columns] + term
@@ -258,32 +269,42 @@ def bound(x, codes, stored, mode, transpose, digits):
         panels = -(-x.shape[1] // 256)
         return sizes * np.expm1((16 + 15 + panels) * np.log1p(u)) + x.shape[1] * 2.0**-150
     chain, rounding = ref._Chain(sizes.shape), x.shape[1] * 2.0**-53 * sizes
-    if transpose:
-        n = GROUP_SIZES[mode]
+    n = GROUP_SIZES[mode] if transpose else 64
+    if mode == "nvfp4" and transpose:
         for first in range(0, x.shape[1], n * PANEL):
             for start in range(first, min(first + n * CHAINS, x.shape[1]), n):
                 blocks = [slice(k, k + n) for k in range(start, min(first + n * PANEL, x.shape[1]), n * CHAINS)]
                 chain.add(*_chain_error_t(x, weights, blocks, precision_t(mode, digits)))
         return chain.bound(rounding)
-    for first in range(0, x.shape[1], 64):
-        k = slice(first, first + 64)
-        chain.add(*_block_error_n(x[:, k], weights[k], codes[k], stored[k], mode, digits))
+    for first in range(0, x.shape[1], n):
+        k = slice(first, first + n)
+        if transpose:
+            chain.add(*_block_error_t(x[:, k], weights[k], precision_t(mode, digits)))
+        else:
+            chain.add(*_block_error_n(x[:, k], weights[k], codes[k], stored[k], mode, digits))
     return chain.bound(rounding)
 
 
-def _chain_error_t(x, weights, blocks, p):
-    """The exact sum of a chain of blocks and the bound on its error.
+def _block_error_t(x, weights, p):
+    """Exact terms and the bound on their error.
 
-    x is off by h = 2^(e-1) at most, and float(G) and its product with s are rounded. 2^(e-1) times that (exact)
-    is added and rounded at once: off by U times the sum, or, in the subnormal range, by 2^-150.
+    x is off by h = 2^(e-1) at most, and float(G) and its product with s are rounded; 2^(e-1) times that is exact or, in
+    the subnormal range, off by 2^-150.
     """
+    h = ref.two_to(ref.block_exponent(x, p) - 1)[:, None] * np.abs(weights).sum(axis=0)
+    term = x.astype(np.float64) @ weights
+    return term, h + (np.abs(term) + h) * ((1 + ref.U) ** 2 - 1) + 2.0**-150
+
+
+def _chain_error_t(x, weights, blocks, p):
+    """The exact sum of a chain of blocks and the bound on its error: each is added and rounded at once, off by U times
+    the sum, or, in the subnormal range, by 2^-150."""
     total = error = np.zeros((len(x), weights.shape[1]))
     for k in blocks:
-        h = ref.two_to(ref.block_exponent(x[:, k], p) - 1)[:, None] * np.abs(weights[k]).sum(axis=0)
-        term = x[:, k].astype(np.float64) @ weights[k]
+        term, off = _block_error_t(x[:, k], weights[k], p)
         total = total + term
-        error = error + h + (np.abs(term) + h) * ((1 + ref.U) ** 2 - 1)
-        error = error + ref.U * (np.abs(total) + error) + 2.0**-150
+        error = error + off
+        error = error + ref.U * (np.abs(total) + error)
     return total, error
 
 

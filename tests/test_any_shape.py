@@ -9,6 +9,7 @@ import quantization as q
 import reference as ref
 from conftest import FORMATS, SMALL
 from test_matmul import KINDS, LAYOUTS, Page, Product, assert_same_bytes, random_weights
+from test_matmul_fp import make
 from test_quantize import PROFILES, assert_floats, assert_quantized, declared, dequantized, quantized
 
 F32 = np.float32
@@ -211,7 +212,8 @@ def test_packing_is_inferred_from_a_short_row(rng):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shapes on which kernels have broken: the numbers are those of issues and pull requests of ml-explore/mlx
+# Shapes on which kernels have broken: mlx_<number> is an issue or a pull request of ml-explore/mlx, here and in
+# test_gather.py
 
 
 def check_product(rng, layout, m, n, k, group_size=64, bits=4, kind="float32"):
@@ -220,55 +222,146 @@ def check_product(rng, layout, m, n, k, group_size=64, bits=4, kind="float32"):
     Product(layout, x, *random_weights(rng, rows, columns, group_size, bits), group_size, bits, kind).check()
 
 
-def test_last_axis_of_4304(isa, rng):
-    """#328, #1033: rows of Gemma 3's vision tower, which no group size divides."""
+def test_mlx_328_and_1033_last_axis_of_4304(isa, rng):
+    """Rows of Gemma 3's vision tower, which no group size divides."""
     product, arguments, expected = padded_product(rng, "t", "bfloat16", 64, 4, 3, 4304)
     for y in results(product, "t", arguments):
         assert_same_bytes(y, expected)
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 7, 9, 31, 33, 67, 99, 129])
-def test_outputs_that_fill_no_tile(isa, n, rng):
-    """#3762, #4250, #4498: N that is no multiple of 8, 32 or 64."""
+def test_mlx_3762_and_4498_outputs_that_fill_no_tile(isa, n, rng):
+    """N that is no multiple of 8, 32 or 64: weights were read as other rows', and all was slow."""
     for m in (1, 2, 13, 33):
         check_product(rng, "t", m, n, 96, 32)
 
 
 @pytest.mark.parametrize("k", [32, 96, 160, 544])
-def test_k_that_ends_in_half_a_tile(isa, k, rng):
-    """#3887: K % 64 == 32, which a tail bounded by the tile's size misread."""
+def test_mlx_3887_k_that_ends_in_half_a_tile(isa, k, rng):
+    """K % 64 == 32, which a tail bounded by the tile's size misread."""
     for m in (1, 4, 33):
         check_product(rng, "t", m, 40, k, 32, 8)
         check_product(rng, "n", m, 64, k, 32, 8)
 
 
-def test_rows_beyond_int16(isa, rng):
-    """#3856: 32768 rows and more of x."""
+def test_mlx_3856_rows_beyond_int16(isa, rng):
+    """32768 rows and more of x."""
     check_product(rng, "t", 32768 + 3, 2, 32, 32, 4)
 
 
-def test_outputs_beyond_int16(isa, rng):
-    """#3631: N beyond 32767."""
+def test_mlx_3631_outputs_beyond_int16(isa, rng):
+    """N beyond 32767."""
     check_product(rng, "t", 1, 32768 + 5, 32, 32, 4)
     check_product(rng, "n", 1, 32768 + 32, 3, 32, 4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 13, 14, 15, 31, 33, 63, 65, 127, 129])
-def test_tails_of_rows(isa, layout, m, rng):
-    """#3473 and its like: every tail of M, each row the same bits as alone."""
+def test_mlx_3473_tails_of_rows(isa, layout, m, rng):
+    """Every tail of M, each row the same bits as alone."""
     check_product(rng, layout, m, 32, 64, 32, 4, "float16")
 
 
 @pytest.mark.parametrize("k", [1, 63, 65, 1025])
-def test_split_reduction(isa, k, rng):
-    """#4250, #3854: x times W over a K that no split divides, N of one group."""
+def test_mlx_4250_split_reduction(isa, k, rng):
+    """x times W over a K that no split divides, N % 64 == 32: the last columns were not written."""
     for n in (32, 96):
         check_product(rng, "n", 1, n, k, 32, 4)
 
 
-def test_weights_shared_by_heads(isa, rng):
-    """#3480: scales and biases of stride 0, as of grouped queries."""
+@pytest.mark.parametrize("k", [1, 63, 65, 2051])
+def test_mlx_3854_split_reduction_of_nvfp4(isa, k, rng):
+    """The same with nvfp4, which gave NaN."""
+    for n in (16, 96):
+        make("nvfp4", False, rng, 1, n, k).check()
+
+
+@pytest.mark.parametrize("k", [16, 48, 80, 528])
+def test_mlx_3912_nvfp4_that_ends_in_half_a_block(isa, k, rng):
+    """K or N % 32 == 16, of which tiles of 32 misread a half."""
+    for m in (1, 9, 33):
+        make("nvfp4", True, rng, m, 48, k).check()
+        make("nvfp4", False, rng, m, k, 40).check()
+
+
+@pytest.mark.parametrize("transpose", [True, False], ids=["t", "n"])
+def test_mlx_3557_and_3934_nvfp4_has_a_scale_for_each_16(isa, transpose):
+    """The first half of each 32 lanes has scales of 1, the second of 64: one of them was taken for both."""
+    codes, scales = np.full((64, 64), 2, np.uint8), np.tile(np.array([0x38, 0x68], np.uint8), (64, 2))  # code 2: 1.0
+    weights, columns = np.repeat(F32([1, 64, 1, 64]), 16), np.arange(3, 63, 7)
+    x = np.zeros((9, 64), F32)
+    x[np.arange(9), columns] = 1
+    expected = np.broadcast_to(weights[columns][:, None] if transpose else weights, (9, 64))
+    for function in (q.nvfp4_qmm_t, q.nvfp4_qmv) if transpose else (q.nvfp4_qmm_n, q.nvfp4_qvm):
+        for m in (1, 9):
+            np.testing.assert_array_equal(function(x[:m], ref.pack(codes, 4), scales), expected[:m])
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("n", range(1, 8))
+def test_mlx_3762_fewer_than_8_outputs_of_small_floats(isa, mode, n, rng):
+    """Where scales were used as the bytes that they are."""
+    for m in (1, 3, 17):
+        make(mode, True, rng, m, n, 96).check()
+
+
+@pytest.mark.parametrize("m", [64, 65])
+def test_mlx_4201_untransposed_groups_of_32(isa, m, rng):
+    """x times W with groups of 32, in tiles of 64: also by the names that stand for kernels of Metal's matrix units."""
+    for k, n in ((64, 64), (96, 128)):
+        check_product(rng, "n", m, n, k, 32)
+        x = rng.standard_normal((m, k)).astype(F32)
+        codes, scales, biases = random_weights(rng, k, n, 32, 4)
+        stored, expected = (ref.pack(codes, 4), scales, biases), Product("n", x, codes, scales, biases, 32, 4).expected
+        assert_same_bytes(q.affine_qmm_n_nax(x, *stored, group_size=32, bits=4), expected)
+        one = [part[None] for part in stored]
+        rows = q.affine_gather_qmm_rhs_nax(x, *one, np.zeros(m, int), transpose=False, group_size=32, bits=4)
+        assert_same_bytes(rows, expected)
+
+
+@pytest.mark.parametrize("k", [96, 544, 1056, 4128])
+def test_mlx_3444_k_that_no_block_divides(isa, k, rng):
+    """The end of K beyond whole blocks of 64 to 1024."""
+    for m, bits in ((1, 4), (1, 8), (8, 4)):
+        check_product(rng, "t", m, 19, k, 32, bits)
+
+
+def test_mlx_4135_nan_of_fp8_stays_nan(isa):
+    """Bytes 0x7F and 0xFF, which were decoded to 480; products with them: test_nan_codes_give_nan."""
+    codes = np.array([0x7F, 0xFF, 0x7E, 0xFE], np.uint8)
+    np.testing.assert_array_equal(q.from_fp8(codes), np.array([np.nan, np.nan, 448, -448], F32))
+    w = np.zeros(32, np.uint8)
+    w[:4] = codes
+    decoded = q.mxfp8_dequantize(ref.pack(w[None], 8), np.full((1, 1), 127, np.uint8))
+    np.testing.assert_array_equal(decoded[0, :4], np.array([np.nan, np.nan, 448, -448], F32))
+
+
+@pytest.mark.parametrize(("mode", "largest"), [("mxfp4", 6.0), ("mxfp8", 448.0)])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_mlx_4353_no_scale_saturates_its_group(isa, mode, largest, profile, rng):
+    """Scales are the least powers of two by which the largest element fits; the nearest ones cut off up to 29 %."""
+    w = rng.standard_normal((200, 32)).astype(F32)
+    w[:, 0] = largest * np.linspace(1, 2, 200, dtype=F32)
+    _, scales = getattr(q, f"{mode}_quantize")(w, profile=profile)
+    steps = np.ldexp(F32(1), scales[:, 0].astype(int) - 127)
+    most = np.abs(w).max(axis=1)
+    assert (most <= largest * steps).all() and (most > largest * steps / 2).all()
+
+
+def test_mlx_896_no_nan_comes_and_goes(isa, rng):
+    """After a product full of NaN has used the same memory, by one thread and by two."""
+    codes, scales, biases = random_weights(rng, 300, 512, 64, 4)
+    stored, x = (ref.pack(codes, 4), scales, biases), rng.standard_normal((40, 512)).astype(F32)
+    first = q.affine_qmm_t(x, *stored, 64, 4)
+    assert np.isfinite(first).all()
+    for threads in (1, 2) * 3:
+        with q.threads(threads):
+            q.affine_qmm_t(np.full_like(x, np.nan), *stored, 64, 4)
+            assert_same_bytes(q.affine_qmm_t(x, *stored, 64, 4), first)
+
+
+def test_mlx_3480_weights_shared_by_heads(isa, rng):
+    """Scales and biases of stride 0, as of grouped queries."""
     codes, scales, biases = random_weights(rng, 9, 64, 64, 4)
     shape = (9, 1)
     scales, biases = (as_strided(part[:1], shape, (0, 4)) for part in (scales, biases))

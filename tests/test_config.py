@@ -51,7 +51,7 @@ def python(*arguments, **changes):
 
 def test_tables_say_what_there_is():
     formats = _C.formats()
-    assert {row["name"] for row in formats} >= {f"affine_{bits}" for bits in (2, 3, 4, 5, 6, 8)}
+    assert {row["name"] for row in formats} >= {f"affine_{bits}" for bits in (1, 2, 3, 4, 5, 6, 8)}
     for row in formats:
         assert row["name"] == (f"affine_{row['bits']}" if row["family"] == "affine" else row["mode"])
         assert row["group_sizes"] == tuple(sorted(row["group_sizes"])) and row["group_sizes"]
@@ -364,6 +364,52 @@ def test_calls_that_do_not_fit_are_refused_in_pythons_words(kernel_class):
         with pytest.raises(TypeError) as by_core:
             kernel(*given, **named)
         assert str(by_core.value) == str(by_python.value)
+
+
+@pytest.mark.parametrize(
+    ("kernel_class", "named"),
+    [
+        (q.Mxfp4Quantize, {"global_scale": None}),
+        (q.Mxfp8Dequantize, {"global_scale": 1.0}),
+        (q.Mxfp4QmmT, {"global_scale": None}),
+        (q.Mxfp8QmmN, {"global_scale": None, "output_features": 32}),
+        (q.Mxfp4GatherQmm, {"global_scale": 1.0}),
+        (q.Nvfp4Quantize, {"mx_scale": "up"}),
+    ],
+)
+def test_options_of_another_formats_scales_are_refused(kernel_class, named):
+    """Also those that say what holds anyway: formats share the operation, and its parameters, in the core."""
+    w = np.ones((32, 32), np.float32)
+    stored = q.mxfp8_quantize(w) if "Mxfp8" in kernel_class.__name__ else q.mxfp4_quantize(w)
+    arrays = [w] if "Quantize" in kernel_class.__name__ else [w, *stored]
+    arrays = list(stored) if kernel_class is q.Mxfp8Dequantize else arrays
+    kernel = kernel_class()
+    kernel.compile()
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(named))}'"):
+        kernel(*arrays, **named)
+
+
+@pytest.mark.parametrize(
+    ("kernel_class", "missing"),
+    [
+        (q.HadamardQuantizeKv, "write_pos"),
+        (q.HadamardQuantizeKvSeq, "write_pos_start"),
+        (q.HadamardQuantizeKvHb, "write_pos"),
+        (q.HadamardQuantizeKvHb, "codebook_bits"),
+    ],
+)
+def test_options_that_must_be_given(kernel_class, missing):
+    of_bytes, of_several = kernel_class is q.HadamardQuantizeKvHb, kernel_class is q.HadamardQuantizeKvSeq
+    given = {"write_pos_start" if of_several else "write_pos": 0, **({"codebook_bits": 5} if of_bytes else {})}
+    packed = np.zeros((1, 4, 256 if of_bytes else 128), np.uint8)
+    src = np.ones((1, 1, 256) if of_several else (1, 256), np.float32)
+    arrays = [src, packed, np.zeros((1, 4), np.float32)]
+    kernel = kernel_class()
+    kernel.compile()
+    kernel(*arrays, **given)
+    del given[missing]
+    with pytest.raises(TypeError, match=f"missing 1 required keyword-only argument: '{missing}'"):
+        kernel(*arrays, **given)
 
 
 @pytest.mark.parametrize("kernel_class", KERNELS)

@@ -301,9 +301,9 @@ BAD_SOURCES = [
     (lambda folder: None, ["--override", "nobody=false"], "no layer has a name like nobody"),
     (lambda folder: None, ["--override", "*.up=affine_9"], "unknown format 'affine_9'"),
     (lambda folder: None, ["--override", "false"], "expected PATTERN=FORMAT or PATTERN=false"),
-    (lambda folder: None, ["--bits", "9"], "unknown format ('affine', 9, None)"),
+    (lambda folder: None, ["--bits", "9"], "unknown format affine 9-bit;"),
     (lambda folder: None, ["--bits", "7"], "MLX has no format affine 7 g64"),
-    (lambda folder: None, ["--mode", "mxfp4", "--group-size", "16"], "unknown format ('mxfp4', None, 16)"),
+    (lambda folder: None, ["--mode", "mxfp4", "--group-size", "16"], "unknown format mxfp4 g16;"),
 ]
 
 

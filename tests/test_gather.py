@@ -547,14 +547,14 @@ def test_options_are_those_of_products(experts, argument):
 
 
 @pytest.mark.parametrize("k", [32, 96, 544, 160])
-def test_k_that_is_no_multiple_of_64_with_sorted_experts(isa, k, rng):
-    """mlx#3887: the last rows of K were taken from beyond x, and rows of W were cleared instead of its columns."""
+def test_mlx_3887_k_that_is_no_multiple_of_64_with_sorted_experts(isa, k, rng):
+    """The last rows of K were taken from beyond x, and rows of W were cleared instead of its columns."""
     experts = Experts(rng, 4, 96, k, 32)
     experts.check(experts.x(40, 1), None, np.sort(indices(rng, 0, 4, 40)), sorted_indices=True)
 
 
-def test_more_than_32768_rows(isa, rng):
-    """mlx#3856: row numbers of 16 bits wrapped. Sampled rows are compared with their own products."""
+def test_mlx_3856_more_than_32768_rows(isa, rng):
+    """Row numbers of 16 bits wrapped. Sampled rows are compared with their own products."""
     experts = Experts(rng, 3, 8, 32, 32)
     count = 33000
     x, chosen = experts.x(count), np.sort(indices(rng, 0, 3, count))
@@ -568,16 +568,16 @@ def test_more_than_32768_rows(isa, rng):
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 9, 33, 67, 99, 555])
-def test_n_that_is_no_multiple_of_8(isa, n, rng):
-    """mlx#3762, and MLX's own shapes of few or odd outputs."""
+def test_mlx_3762_n_that_is_no_multiple_of_8(isa, n, rng):
+    """And MLX's own shapes of few or odd outputs."""
     experts = Experts(rng, 3, n, 64, 32)
     experts.check(experts.x(11, 1), None, indices(rng, 0, 3, 11))
     experts.check(experts.x(2, 9), [1, 0, 1], [2, 2, 0])
 
 
 @pytest.mark.parametrize("transpose", [True, False])
-def test_weights_that_heads_share_have_a_stride_of_0(isa, transpose, rng):
-    """mlx#3480: grouped queries, where np.broadcast_to repeats keys and values for the heads of a group."""
+def test_mlx_3480_weights_that_heads_share_have_a_stride_of_0(isa, transpose, rng):
+    """Grouped queries, where np.broadcast_to repeats keys and values for the heads of a group."""
     experts = Experts(rng, 3, 64, 64, transpose=transpose)
     shared = [np.broadcast_to(a[:, None], (3, 4, *a.shape[1:])) for a in experts.stored]
     assert shared[0].strides[1] == 0

@@ -397,12 +397,13 @@ def test_halves_of_512_have_norms_of_their_own(isa, rng):
         assert len(np.unique(codes[:256])) > 8
 
 
+# Vectors and their errors, known to so many decimals.
 STRUCTURED = {
-    "one-hot": (0.00332, lambda D: np.eye(D)),
-    "constant": (0.01179, lambda D: np.full((1, D), 5.0)),
-    "alternating": (0.01179, lambda D: np.resize([1.0, -1.0], (1, D))),
-    "ramp": (0.01014, lambda D: np.arange(D)[None] - D / 2),
-    "two-hot": (0.0207, lambda D: np.eye(D)[:15] + np.eye(D)[17:32]),
+    "one-hot": ("0.00332", lambda D: np.eye(D)),
+    "constant": ("0.01179", lambda D: np.full((1, D), 5.0)),
+    "alternating": ("0.01179", lambda D: np.resize([1.0, -1.0], (1, D))),
+    "ramp": ("0.01014", lambda D: np.arange(D)[None] - D / 2),
+    "two-hot": ("0.0207", lambda D: np.eye(D)[:15] + np.eye(D)[17:32]),
 }
 
 
@@ -418,11 +419,20 @@ def through_1(x, bits=4, **keywords):
     return q.dequantize_kv(packed, norms, bits, codec=1, **keywords)
 
 
+def half_a_decimal(text):
+    """By how much a number may have been rounded to be written so."""
+    return 0.5 * 10.0 ** -len(text.partition(".")[2])
+
+
 @pytest.mark.parametrize("kind", STRUCTURED)
 def test_structured_vectors(kind):
-    expected, make = STRUCTURED[kind]
-    x = make(256).astype(F32)
-    assert relative_mse(x, through_1(x)) == pytest.approx(expected, rel=0.003)
+    """Errors are known to half a decimal. Ours are those of float32: 8 levels of the rotation there and back, the norm
+    and the products move a decoded vector by less than 32 roundings, 2^-19, of it, and the square root of its error by
+    as much."""
+    text, make = STRUCTURED[kind]
+    x, expected = make(256).astype(F32), float(text)
+    within = half_a_decimal(text) + 2.0**-19 * (2 * math.sqrt(expected) + 2.0**-19)
+    assert relative_mse(x, through_1(x)) == pytest.approx(expected, rel=0, abs=within)
 
 
 def test_vectors_with_an_outlier(rng):
@@ -854,12 +864,13 @@ def test_error_of_codec_2(D, bits, scale, expected):
 @pytest.mark.parametrize("kind", STRUCTURED)
 def test_structured_vectors_of_codec_2(kind):
     """The norm is that of codec 1, and so is the error but for the rounding of values to 8 binary places, which moves a
-    decoded vector by 2^-8 of itself at most; the best scale is not above it."""
-    expected, make = STRUCTURED[kind]
-    x = make(256).astype(F32)
-    root = math.sqrt(relative_mse(x, through_2(x, 4, scale="norm", norms_dtype=F32)))
-    assert root == pytest.approx(math.sqrt(expected), rel=0.0015, abs=2**-8)
-    assert relative_mse(x, through_2(x, 4, scale="least_squares", norms_dtype=F32)) < 1.003 * expected
+    decoded vector by 2^-8 of itself at most; the best scale for the same codes is below it."""
+    text, make = STRUCTURED[kind]
+    x, expected = make(256).astype(F32), float(text)
+    error = relative_mse(x, through_2(x, 4, scale="norm", norms_dtype=F32))
+    within = 2**-8 + half_a_decimal(text) / (2 * math.sqrt(expected))  # the square root's derivative
+    assert math.sqrt(error) == pytest.approx(math.sqrt(expected), rel=0, abs=within)
+    assert relative_mse(x, through_2(x, 4, scale="least_squares", norms_dtype=F32)) < error
 
 
 def test_vectors_with_an_outlier_in_codec_2(rng):
@@ -892,11 +903,24 @@ def test_eight_bits_beat_int8_of_the_same_size(D):
     assert D != 128 or theirs == pytest.approx(4.18e-5, rel=WITHIN)
 
 
+def shrinking(bits, D):
+    """By how much <z, c>, c the values that stand for z, is below <z, z> on average over a sphere of radius sqrt(D).
+
+    An element of z has the density f(z) = f(0) (1 - z^2/D)^((D-3)/2), and z f(z) the integral
+    -f(0) D/(D-1) (1 - z^2/D)^((D-1)/2).
+    """
+    values, boundaries = (table.astype(F64) for table in ref.codebook(2, bits))
+    at_zero = math.exp(math.lgamma(D / 2) - math.lgamma((D - 1) / 2)) / math.sqrt(math.pi * D)
+    integral = -at_zero * D / (D - 1) * (1 - boundaries**2 / D) ** ((D - 1) / 2)
+    return 1 - (values * np.diff(integral, prepend=0, append=0)).sum()
+
+
 @pytest.mark.parametrize("bits", ref.BITS_2)
 def test_inner_products_are_unbiased(bits):
-    """The mean of n independent errors lies within 3 sigma/sqrt(n) of 0; the plain norm shrinks by the codebook's MSE.
+    """The mean of n independent errors lies within 3 sigma/sqrt(n) of 0; so it does of what the plain norm shrinks.
 
-    Query and key are correlated, as shrinking would not show otherwise.
+    Query and key are correlated, as shrinking would not show otherwise. A rotated normal vector divided by its norm is
+    evenly distributed on a sphere, whatever the norm.
     """
     rng = np.random.default_rng(bits)
     k = normal(rng, COUNT, 128)
@@ -904,10 +928,11 @@ def test_inner_products_are_unbiased(bits):
     true = (query * k).sum(-1)
     error = (query * through_2(k, bits, norms_dtype=F32)).sum(-1) - true
     assert abs(error.mean()) < 3 * error.std() / math.sqrt(COUNT)
+    plain = (query * through_2(k, bits, scale="norm", norms_dtype=F32)).sum(-1) - true
     if bits < 5 and not SMALL:
-        plain = (query * through_2(k, bits, scale="norm", norms_dtype=F32)).sum(-1) - true
         assert plain.mean() < -3 * plain.std() / math.sqrt(COUNT)
-        assert plain.mean() / true.mean() == pytest.approx(-exact_mse(2, bits), rel=0.1)
+    error = plain + shrinking(bits, 128) * true
+    assert abs(error.mean()) < 3 * error.std() / math.sqrt(COUNT)
 
 
 def test_least_squares_is_never_worse(rng):

@@ -1,5 +1,7 @@
 """Every refusal of the key-value codecs: its exception, its exact words, and that it wrote nothing."""
 
+import re
+
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
@@ -416,8 +418,36 @@ def test_a_factor_of_zero_is_for_encoders_alone():
 
 def test_only_functions_with_input_dtype_speak_of_it():
     rule = "must be float32, float16, bfloat16 or float64"
+    without = f"has dtype uint16, {rule} (.view(ml_dtypes.bfloat16) declares that uint16 holds bfloat16 bits)"
     for name, encoder in ENCODERS.items():
         (src, *_), _ = encoder()
-        refuse_encoding(name, TypeError, f"src has dtype uint16, {rule}", src=src.astype(np.uint16))
+        refuse_encoding(name, TypeError, f"src {without}", src=src.astype(np.uint16))
+    x = np.ones((2, 3, 256), np.uint16)
+    for codec in (1, 2):
+        cache = q.KVCache(2, 8, 256, codec=codec)
+        with pytest.raises(TypeError, match=f"^{re.escape(f'KVCache.append: k {without}')}$"):
+            cache.append(x, x)
+        cache.append(x.astype(F32), x.astype(F32))
+        with pytest.raises(TypeError, match=f"^{re.escape(f'KVCache.attend: q {without}')}$"):
+            cache.attend(x)
+    for mode in ("affine", "mxfp4"):
+        t = q.QTensor.quantize(np.eye(256, dtype=F32), mode)
+        for right in (t, t.T):
+            with pytest.raises(TypeError, match=f"^{re.escape(f'QTensor: x {without}')}$"):
+                x @ right
     hint = '(input_dtype="bfloat16" declares that uint16 holds bfloat16 bits)'
     refuse("quantize_kv", TypeError, f"x has dtype uint16, {rule} {hint}", X.astype(np.uint16))
+    with pytest.raises(TypeError, match=re.escape(f"QTensor.quantize: w has dtype uint16, {rule} {hint}")):
+        q.QTensor.quantize(x)
+    assert q.QTensor.quantize(x, input_dtype="bfloat16").shape == x.shape
+
+
+def test_what_the_messages_about_bfloat16_advise_works():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.full((2, 3, 256), 0x3F80, np.uint16).view(ml_dtypes.bfloat16)
+    cache = q.KVCache(2, 8, 256)
+    cache.append(x, x)
+    assert cache.attend(x).dtype == x.dtype
+    t = q.QTensor.quantize(np.eye(256, dtype=F32))
+    for right in (t, t.T):
+        np.testing.assert_array_equal((x @ right).astype(x.dtype), x)  # 0x3F80 is 1 in bfloat16

@@ -898,7 +898,6 @@ def test_refused_like_mlx(call, error, mx):
         "m.dequantize(aq, as_, ab[:, :1])",
         "m.dequantize(aq, as_, ab, 16, 16)",
         "m.quantized_matmul(one, aq, as_, ab)",
-        "m.quantized_matmul(x_i32, aq, as_, ab)",
         "m.quantized_matmul(x, aq, as_, ab.astype('>f4'))",
         "m.quantized_matmul(x[:, :32], aq, as_, ab, True, 16, 16)",
         "m.qqmm(x, nq, ns, mode='affine')",
@@ -914,6 +913,15 @@ def test_refused_where_mlx_goes_wrong_or_has_no_such_argument(call):
     name = re.match(r"m\.(\w+)\(", call)[1]
     with pytest.raises(ValueError, match=rf"^{name}: .{{15}}"):
         eval(call, {"m": qx, **named(material())})
+
+
+def test_x_of_integers_is_refused_though_mlx_makes_floats_of_them(mx):
+    """MLX asks for floats only after it has found the common type of x, scales and biases."""
+    arrays = named(material())
+    theirs = (to_mlx(mx, arrays[name]) for name in ("x_i32", "aq", "as_", "ab"))
+    assert mx.quantized_matmul(*theirs).dtype == mx.float32
+    with pytest.raises(ValueError, match=r"^quantized_matmul: x must have dtype float32, .* got int32$"):
+        qx.quantized_matmul(*(arrays[name] for name in ("x_i32", "aq", "as_", "ab")))
 
 
 @pytest.mark.parametrize(
@@ -944,7 +952,7 @@ def test_refused_where_mlx_goes_wrong_or_has_no_such_argument(call):
             "m.gather_qmm(x, nq, ns, rhs_indices=i2, transpose=False, mode='nvfp4')",
             "gather_qmm: x.shape[-1] must be 32",
         ),
-        ("m.quantize(w, bits=7)", "quantize: mode 'affine' has bits 2, 3, 4, 5, 6, 8, got 7"),
+        ("m.quantize(w, bits=7)", "quantize: mode 'affine' has bits 1, 2, 3, 4, 5, 6, 8, got 7"),
         ("m.quantize(w, mode='what')", "quantize: mode must be one of 'affine', 'mxfp4', 'mxfp8', 'nvfp4', got 'what'"),
     ],
 )

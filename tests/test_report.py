@@ -69,7 +69,7 @@ def test_bits_per_weight_count_scales_and_biases(scale_dtype, bits):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (5, 32), (6, 64), (8, 128)])
+@pytest.mark.parametrize(("bits", "group"), [(1, 128), (2, 32), (3, 64), (4, 128), (5, 32), (6, 64), (8, 128)])
 def test_errors_equal_a_whole_array_computation(dtype, bits, group):
     w = normal(33, 256, dtype=dtype)
     row = only({"w": w}, [("affine", bits, group)])
@@ -184,9 +184,11 @@ def test_every_format_of_the_table_is_found_under_its_printed_name():
         assert only([normal(2, 128)], str(each)).format == str(each)
 
 
-@pytest.mark.parametrize("spec", ["affine_1", "affine_4_g65", "q4_k", "", ("affine", 9, 64)])
+@pytest.mark.parametrize("spec", ["affine_9", "affine_4_g65", "q4_k", "", ("affine", 9, 64)])
 def test_unknown_format(spec):
-    with pytest.raises(ValueError, match=r"formats: unknown format .*; there are affine \(bits 2, 3, 4, 5, 6, 7, 8;"):
+    with pytest.raises(
+        ValueError, match=r"formats: unknown format .*; there are affine \(bits 1, 2, 3, 4, 5, 6, 7, 8;"
+    ):
         quantization.report([normal(2, 64)], [spec])
 
 
@@ -460,7 +462,7 @@ def test_swapped_suffixes(tmp_path, capsys):
 def test_bad_arguments(tmp_path, capsys):
     np.save(tmp_path / "w.npy", normal(2, 64))
     assert main(["report", str(tmp_path / "w.npy"), "--bits", "9"]) == 2
-    assert "unknown format ('affine', 9, 64); there are affine (bits 2," in capsys.readouterr().err
+    assert "unknown format affine 9-bit g64; there are affine (bits 1," in capsys.readouterr().err
     for arguments in ([], ["nothing"], ["report"], ["report", "w.npy", "--bits", "x"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

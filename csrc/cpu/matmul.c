@@ -15,6 +15,8 @@ static const size_t prepared_bytes = (size_t)4 << 20;
 
 /* Multiplications after which signals should be looked for, though k be long: some 20 ms of the slowest kernels. */
 static const double longest = 1 << 24;
+/* The same for few rows of x against wide tiles: 0.3 s of the slowest kernels, 10 ms of others. */
+static const double longest_of_few = 1 << 26;
 
 /* One weight matrix times some rows of x. Rows are counted through x's batch dimensions. */
 typedef struct chunk {
@@ -115,11 +117,28 @@ static int is_prefill(const chunk *c) { return c->kernel == &c->kernels->prefill
  * of a small matrix. */
 static int is_small(const qz_run *run) { return run->threads == 1 && !run->poll; }
 
+/* Outputs of a tile of y = x W. Few rows of x leave the time to reading the weights, whose rows are then to be read in
+ * as long runs as threads allow: memory delivers runs of half a kilobyte at less than half its speed. Then one tile for
+ * each thread, as long as y holds it and it is not too long for one job. */
+static ptrdiff_t tile_of_columns(const chunk *c, ptrdiff_t threads) {
+    ptrdiff_t tile = QZ_TILE_COLUMNS;
+    const ptrdiff_t share = (c->n + threads - 1) / threads;
+    if (c->m < MIN_ROWS && share > tile) {
+        const double most = longest_of_few / ((double)c->k * (double)c->m);
+        const ptrdiff_t room = MAX_ROWS_T * QZ_PREFILL_ROWS / c->m / QZ_MAX_GROUP * QZ_MAX_GROUP;
+        const ptrdiff_t whole = (share + QZ_MAX_GROUP - 1) / QZ_MAX_GROUP * QZ_MAX_GROUP;
+        const ptrdiff_t widest = whole < room ? whole : room;
+        while (tile < widest && (double)(tile + QZ_MAX_GROUP) <= most) tile += QZ_MAX_GROUP;
+        return tile;
+    }
+    while (tile > c->group_size && c->n / tile < 4 * threads) tile /= 2;
+    return tile;
+}
+
 static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     ptrdiff_t threads = run->threads ? run->threads : qz_get_num_threads();
     const int many = is_prefill(c) || is_small(run);
-    c->tile = !c->args->transpose ? QZ_TILE_COLUMNS : many ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
-    while (!c->args->transpose && c->tile > c->group_size && c->n / c->tile < 4 * threads) c->tile /= 2;
+    c->tile = !c->args->transpose ? tile_of_columns(c, threads) : many ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
     c->tiles = (c->n + c->tile - 1) / c->tile;
     c->parts = threads > 1 && c->m >= MIN_ROWS ? (4 * threads + c->tiles - 1) / c->tiles : 1;
     if (c->parts > 1 && c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;

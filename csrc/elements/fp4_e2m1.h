@@ -25,3 +25,9 @@ QZ_INLINE v_i32 encode_fp4_e2m1(v_f32 v, int profile) {
 }
 
 QZ_INLINE v_f32 decode_fp4_e2m1(v_i32 code) { return decode_minifloat(code, 4, 1, 1); }
+
+/* 32 packed codes, and whether one is NaN: none is. */
+QZ_INLINE int decode_32_fp4_e2m1(v_f32 to[32 / QZ_LANES], const uint8_t *packed) {
+    f32_from_fp4(to, packed);
+    return 0;
+}

@@ -12,3 +12,8 @@ QZ_INLINE v_f32 decode_fp8_e4m3(v_i32 code) {
     const v_f32 number = decode_minifloat(code, 8, 3, 7);
     return f32_of_bits(select_i32(is_nan, set1_i32(0x7fc00000), bits_of_f32(number)));
 }
+
+/* 32 codes as numbers divided by 256, and whether one is NaN: those are wrong. */
+QZ_INLINE int decode_32_fp8_e4m3(v_f32 to[32 / QZ_LANES], const uint8_t *codes) {
+    return any_i32(f32_from_e4m3(to, codes));
+}

@@ -1,4 +1,4 @@
-/* Unsigned integer codes of 2 to 8 bits: a code stands for itself. */
+/* Unsigned integer codes of 1 to 8 bits: a code stands for itself. */
 
 /* What is taken from a code to centre it: |code - centre| <= centre. */
 #define QZ_CENTRE(bits) (1 << (QZ_DOT_BITS(bits) - 1))

@@ -54,6 +54,7 @@ QZ_INLINE float round_one(float value, qz_type type) {
 }
 
 QZ_INLINE void load_each(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count) {
+    QZ_UNROLL_BY_4
     for (ptrdiff_t i = 0; i < count; i++) to[i] = load_one(from + i * stride, type);
 }
 

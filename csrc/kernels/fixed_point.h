@@ -35,11 +35,13 @@ QZ_INLINE int fixed_point_bits(int bits, int block, int digits) {
 
 QZ_INLINE float power_of_two(int exponent) { return qz_float_of((uint32_t)(exponent + 127) << 23); }
 
-/* The exponent for the largest magnitude of a block, given as float bits: the smallest that no v outgrows. What is
- * added carries into the exponent where the largest element would round up to 2^p (p = 15: beyond 32639). */
+/* What is added to the bits of a block's largest magnitude: it carries into the exponent where that element would round
+ * up to 2^p (p = 15: beyond 32639). */
+QZ_INLINE uint32_t fixed_point_carry(int p) { return p == 15 ? (1u << 16) + (1u << 8) : 1u << (23 - p); }
+
+/* The exponent for the largest magnitude of a block, given as float bits: the smallest that no v outgrows. */
 QZ_INLINE int fixed_point_exponent(uint32_t largest, int p) {
-    uint32_t carry = p == 15 ? (1u << 16) + (1u << 8) : 1u << (23 - p);
-    int exponent = (int)((largest + carry) >> 23) - 127 - (p - 1);
+    int exponent = (int)((largest + fixed_point_carry(p)) >> 23) - 127 - (p - 1);
     return exponent < -126 ? -126 : exponent;
 }
 

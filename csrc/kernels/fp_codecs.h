@@ -7,6 +7,8 @@ typedef struct fp_element {
     int exponent; /* of the largest number */
     v_i32 (*encode)(v_f32 steps, int profile);
     v_f32 (*decode)(v_i32 codes);
+    int (*decode_32)(v_f32 to[32 / QZ_LANES], const uint8_t *packed); /* divided by unit; returns whether one is NaN */
+    float unit;
 } fp_element;
 
 /* The scales of QZ_LANES groups. */
@@ -20,8 +22,8 @@ typedef struct fp_scale {
     v_f32 (*decode)(v_i32 codes);
 } fp_scale;
 
-static const fp_element fp4_e2m1 = {4, 6.0f, 2, encode_fp4_e2m1, decode_fp4_e2m1};
-static const fp_element fp8_e4m3 = {8, 448.0f, 8, encode_fp8_e4m3, decode_fp8_e4m3};
+static const fp_element fp4_e2m1 = {4, 6.0f, 2, encode_fp4_e2m1, decode_fp4_e2m1, decode_32_fp4_e2m1, 1.0f};
+static const fp_element fp8_e4m3 = {8, 448.0f, 8, encode_fp8_e4m3, decode_fp8_e4m3, decode_32_fp8_e4m3, 256.0f};
 
 /* The nearest by its logarithm, as MLX rounded before it rounded up: ties away from zero ("metal"), or to even after
  * the logarithm is rounded to w's type ("cpu"). */

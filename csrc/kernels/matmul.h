@@ -89,10 +89,10 @@ QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, cons
     for (int i = 0; i < steps; i++) {
         dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);
         QZ_HOLD(low[i]);
-        if (!QZ_IS_LOOSE(bits, block)) join_sums(low, i + 1, steps);
+        if (!QZ_IS_NVFP4(bits, block)) join_sums(low, i + 1, steps);
         if (is_wide(bits, block, count)) join_sums(high, i + 1, steps);
     }
-    sums[0] = QZ_IS_LOOSE(bits, block) ? sum_pairs_loosely(low) : low[0];
+    sums[0] = QZ_IS_NVFP4(bits, block) ? sum_pairs_loosely(low) : low[0];
     if (is_wide(bits, block, count)) sums[1] = high[0];
 }
 

@@ -3,11 +3,15 @@
  *
  * FP4 (mxfp4, nvfp4). Twice a number is an integer a, |a| <= 12, so that codes take the place of 5-bit ones less their
  * centre 16: x has p = 22, or 21 in blocks of 64, and 64 * 12 * (2^21 - 1) < 2^31. y = x Wᵀ, weights [N, K]: a block is
- * a group, of n = 32 or 16 elements with scale s. Groups are small, so that what is done for each of them counts: lanes
- * along k hold chains of groups, and only the ends of chains cross lanes. In each panel of 64 blocks (the last may be
- * shorter),
+ * a group, of n = 32 or 16 elements with scale s.
  *
  *     v, e     x of the block in fixed point (fixed_point.h);  G = sum a v                       integers, exact
+ *
+ * mxfp4:   y   = y + (float(G) * s) * 2^(e-1), blocks in order of k, from y = 0                  each operation rounded
+ *
+ * nvfp4: groups are so small that what is done for each of them counts. Lanes along k hold chains of groups, and only
+ * the ends of chains cross lanes; in each panel of 64 blocks (the last may be shorter),
+ *
  *     c_j      = fused (float(G) * s) * 2^(e-1) + c_j over blocks = j modulo 16, in order of k, from 0
  *     y        = y + c_0, + c_1, ... + c_15; panels in order of k, from y = 0                    each operation rounded
  *
@@ -17,10 +21,10 @@
  * 0.
  *
  * Error. |x - v 2^e| <= 2^(e-1) <= 2^-p max|x|, so a block adds at most 2^-p max|x| sum |W| by it; its term takes two
- * roundings of 2^-24 ([K, N]: t one more before that, and max|t| stands for max|x|). [N, K]: it passes through at most
- * 4 in its chain and 16 for each of the ceil(B / 64) panels of B blocks, so that sums add at most (4 + 16 ceil(B / 64))
- * 2^-24 sum |term|; [K, N]: B 2^-24 sum |term|. That is as long as nothing overflows: |G s| is taken before 2^e, so
- * that |s| must stay some 2^31 below float32's largest.
+ * roundings of 2^-24 ([K, N]: t one more before that, and max|t| stands for max|x|), and the chain of B additions at
+ * most B 2^-24 sum |term|. nvfp4, [N, K]: it passes through at most 4 in its chain and 16 for each of the ceil(B / 64)
+ * panels, so that sums add at most (4 + 16 ceil(B / 64)) 2^-24 sum |term|. That is as long as nothing overflows: |G s|
+ * is taken before 2^e, so that |s| must stay some 2^31 below float32's largest.
  *
  * FP8 (mxfp8). Numbers are integers of 18 bits, or up to 15 * 2^14: three digits of them against three of x would take
  * nine dots. But a weight has 4 bits only, so that s * number is a float32 (infinite where it overflows), and one fused
@@ -59,26 +63,52 @@ QZ_INLINE float plain_term_fp4(const float *x, const int8_t *a, ptrdiff_t n, con
     return term;
 }
 
-QZ_INLINE float definition_output_fp4(const qz_matmul_job *job, ptrdiff_t row, const char *prepared, int block) {
-    const ptrdiff_t k = job->columns;
+/* One row of x, as the definition reads it, and one of weights. */
+typedef struct rows_fp4 {
+    const float *x;
+    const int32_t *v;
+    const block_record *records;
+    const uint8_t *codes;
+    const char *scales;
+} rows_fp4;
+
+QZ_INLINE rows_fp4 rows_of_fp4(const qz_matmul_job *job, ptrdiff_t row, const char *prepared) {
     const float *x = (const float *)prepared;
-    const int32_t *v = (const int32_t *)(x + k);
-    const block_record *records = (const block_record *)(v + k);
-    const char *scales = job->scales.scales + row * job->scales.scale_row_stride;
-    float y = 0.0f, sums[QZ_FP4_CHAINS] = {0};
-    for (ptrdiff_t b = 0; b < k / block; b++) {
-        const float s = load_one(scales + b * job->scales.scale_group_stride, job->scales.scale_type);
-        const ptrdiff_t at = b * block;
-        float *sum = &sums[b % QZ_FP4_CHAINS];
-        int8_t a[QZ_MAX_BLOCK];
-        load_twice_fp4(a, job->w + row * job->w_row_stride, at, block);
-        if (records[b].scale == 0.0f) {
-            *sum += plain_term_fp4(x + at, a, block, &s, 0);
-        } else {
-            *sum = fmaf(float_dot_fp4(a, v + at, block) * s, 0.5f * records[b].scale, *sum);
-        }
-        if ((b + 1) % QZ_FP4_PANEL && b + 1 < k / block) continue;
-        for (int j = 0; j < QZ_FP4_CHAINS; j++) y += sums[j];
+    const int32_t *v = (const int32_t *)(x + job->columns);
+    return (rows_fp4){x, v, (const block_record *)(v + job->columns), job->w + row * job->w_row_stride,
+                      job->scales.scales + row * job->scales.scale_row_stride};
+}
+
+/* What is added for block b: returned is the plain term where x is not finite, with *unit = 0, or float(G) * s, with
+ * *unit = 2^(e-1). */
+QZ_INLINE float dot_of_block_fp4(float *unit, const rows_fp4 *rows, ptrdiff_t b, const qz_matmul_job *job, int block) {
+    const float s = load_one(rows->scales + b * job->scales.scale_group_stride, job->scales.scale_type);
+    int8_t a[QZ_MAX_BLOCK];
+    load_twice_fp4(a, rows->codes, b * block, block);
+    *unit = 0.5f * rows->records[b].scale;
+    if (*unit == 0.0f) return plain_term_fp4(rows->x + b * block, a, block, &s, 0);
+    return float_dot_fp4(a, rows->v + b * block, block) * s;
+}
+
+QZ_INLINE float definition_output_mxfp4(const qz_matmul_job *job, const rows_fp4 *rows, int block) {
+    float y = 0.0f;
+    for (ptrdiff_t b = 0; b < job->columns / block; b++) {
+        float unit;
+        const float dot = dot_of_block_fp4(&unit, rows, b, job, block);
+        y += unit == 0.0f ? dot : dot * unit;
+    }
+    return y;
+}
+
+QZ_INLINE float definition_output_nvfp4(const qz_matmul_job *job, const rows_fp4 *rows, int block) {
+    const ptrdiff_t blocks = job->columns / block;
+    float y = 0.0f, sums[QZ_NVFP4_CHAINS] = {0};
+    for (ptrdiff_t b = 0; b < blocks; b++) {
+        float unit, *sum = &sums[b % QZ_NVFP4_CHAINS];
+        const float dot = dot_of_block_fp4(&unit, rows, b, job, block);
+        *sum = unit == 0.0f ? *sum + dot : fmaf(dot, unit, *sum);
+        if ((b + 1) % QZ_NVFP4_PANEL && b + 1 < blocks) continue;
+        for (int j = 0; j < QZ_NVFP4_CHAINS; j++) y += sums[j];
         memset(sums, 0, sizeof sums);
     }
     return y;
@@ -88,7 +118,8 @@ QZ_INLINE void definition_matmul_t_fp4(const qz_matmul_job *job, int block) {
     for (ptrdiff_t m = 0; m < job->m; m++) {
         for (ptrdiff_t row = 0; row < job->rows; row++) {
             float *y = job->y + m * job->y_stride + row;
-            *y = definition_output_fp4(job, row, job->x + m * job->x_stride, block);
+            const rows_fp4 rows = rows_of_fp4(job, row, job->x + m * job->x_stride);
+            *y = block < 32 ? definition_output_nvfp4(job, &rows, block) : definition_output_mxfp4(job, &rows, block);
             make_nan_canonical(y, 1);
         }
     }

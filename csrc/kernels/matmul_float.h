@@ -7,7 +7,7 @@
  * s sum(q x) + b sum(x). All else: a panel of weights s q + b is decoded to float, lanes being outputs, and multiplied
  * by tiles of rows of x. */
 
-/* The width of codes in a word: those that straddle bytes are unpacked to bytes first. */
+/* The width of codes in a word: those that straddle bytes, and those of 1 bit, are unpacked to bytes first. */
 #define QZ_WIDTH(bits) ((bits) == 2 || (bits) == 4 ? (bits) : 8)
 #define QZ_RUN(bits) (32 / QZ_WIDTH(bits)) /* consecutive codes in a lane's word */
 #define QZ_RUNS(bits) (QZ_LANES * QZ_RUN(bits))

@@ -57,24 +57,24 @@ static const uint8_t shifted_fp4[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 
 QZ_INLINE v_u8 as_multiplied(v_u8 codes, int bits) { return bits == QZ_FP4 ? look_up_u8(shifted_fp4, codes) : codes; }
 
 /* nvfp4 keeps what it has for each block in loose order (simd/dot.h). */
-#define QZ_IS_LOOSE(bits, block) ((bits) == QZ_FP4 && (block) < 32)
-#define QZ_BLOCK_PLACE(i, bits, block) (QZ_IS_LOOSE(bits, block) ? QZ_LOOSE_PLACE(i) : (i))
+#define QZ_IS_NVFP4(bits, block) ((bits) == QZ_FP4 && (block) < 32)
+#define QZ_BLOCK_PLACE(i, bits, block) (QZ_IS_NVFP4(bits, block) ? QZ_LOOSE_PLACE(i) : (i))
 
-/* Where strips hold block b. Whole panels of FP4 are held chain after chain: tiles then read x from one end to the
+/* Where strips hold block b. Whole panels of nvfp4 are held chain after chain: tiles then read x from one end to the
  * other, which is what processors fetch ahead. */
-QZ_INLINE ptrdiff_t strip_place(ptrdiff_t b, ptrdiff_t blocks, int bits) {
-    const ptrdiff_t i = (ptrdiff_t)((size_t)b % QZ_FP4_PANEL), panel = b - i;
-    if (bits != QZ_FP4 || blocks - panel < QZ_FP4_PANEL) return b;
-    return panel + i % QZ_FP4_CHAINS * (QZ_FP4_PANEL / QZ_FP4_CHAINS) + i / QZ_FP4_CHAINS;
+QZ_INLINE ptrdiff_t strip_place(ptrdiff_t b, ptrdiff_t blocks, int bits, int block) {
+    const ptrdiff_t i = (ptrdiff_t)((size_t)b % QZ_NVFP4_PANEL), panel = b - i;
+    if (!QZ_IS_NVFP4(bits, block) || blocks - panel < QZ_NVFP4_PANEL) return b;
+    return panel + i % QZ_NVFP4_CHAINS * (QZ_NVFP4_PANEL / QZ_NVFP4_CHAINS) + i / QZ_NVFP4_CHAINS;
 }
 
 /* The numbers of E4M3 that are nvfp4's scales come divided by 256 (f32_from_e4m3): 2^e makes up for it, but where p =
  * 7, since 2^e may then be as much as 2^122. */
-#define QZ_GREATER_FP4(block) ((block) < 32 ? 256.0f : 1.0f)
+#define QZ_GREATER_NVFP4 256.0f
 
 /* What 2^e is multiplied with. */
 QZ_INLINE float unit_of(int bits, int block, int digits) {
-    return bits == QZ_FP4 && digits > 1 ? QZ_UNIT(bits) * QZ_GREATER_FP4(block) : QZ_UNIT(bits);
+    return QZ_IS_NVFP4(bits, block) && digits > 1 ? QZ_UNIT(bits) * QZ_GREATER_NVFP4 : QZ_UNIT(bits);
 }
 
 /* unpack_folded and unpack_in_order of such. Groups of 16 may end within the 32 codes that the latter reads. */

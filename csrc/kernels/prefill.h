@@ -84,7 +84,7 @@ QZ_INLINE void load_panel_t(panel_t *panel, int at, const qz_matmul_job *job, pt
         for (int v = 0; v < QZ_TILE_OUTPUTS && has_pairs(bits, digits); v += QZ_LANES) {
             uint8_t *pairs = panel->pairs[b * block / 2] + 4 * v;
             const uint8_t *quads = panel->quads[b * block / 4] + 4 * v;
-            const v_i32 excess = store_pairs(pairs, quads, sizeof panel->quads[0], block, bits, wide);
+            const v_i32 excess = store_pairs(pairs, quads, sizeof panel->quads[0], block, 1, bits, wide);
             if (wide) store_i32(panel->excess[b] + v, excess);
         }
 #else
@@ -99,7 +99,8 @@ QZ_INLINE void load_panel_t(panel_t *panel, int at, const qz_matmul_job *job, pt
     }
 }
 
-/* y = y + (Gf * s + (b + c s) * S) * 2^e for one row of x, whose numbers for the block are `x` at `at`. */
+/* y = y + (Gf * s + (b + c s) * S) * 2^e for one row of x, whose numbers for the block are `x` at `at`. Without a bias,
+ * y + Gf * s * 2^e. */
 QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, const panel_t *panel, int b,
                               const planes *x, ptrdiff_t at, int bits, int digits, int wide) {
     const chunk_numbers *numbers = numbers_at(x, at);
@@ -110,9 +111,12 @@ QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, con
         if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess[b] + v * QZ_LANES));
         v_f32 dot =
             float_of_dots(sum, high + v, set1_i32(numbers->offset[lane]), set1_i32(numbers->offset_high[lane]), wide);
-        const v_f32 scaled = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
-        const v_f32 shift = mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), set1_f32(numbers->sum[lane]));
-        const v_f32 term = mul_f32(add_f32(scaled, shift), set1_f32(numbers->scale[lane]));
+        v_f32 scaled = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
+        if (QZ_HAS_BIAS(bits)) {
+            const v_f32 sum = set1_f32(numbers->sum[lane]);
+            scaled = add_f32(scaled, mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), sum));
+        }
+        const v_f32 term = mul_f32(scaled, set1_f32(numbers->scale[lane]));
         store_f32(y + v * QZ_LANES, add_f32(load_f32(y + v * QZ_LANES), term));
     }
 }
@@ -169,7 +173,7 @@ QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bi
         int32_t v[QZ_MAX_BLOCK], high, offset, offset_high;
         float scale;
         if (!fixed_point(v, x + b * block, block, p, &scale)) return 0;
-        const ptrdiff_t place = strip_place(b, k / block, bits);
+        const ptrdiff_t place = strip_place(b, k / block, bits, block);
         const int32_t sum = store_strip(to.digits + place * block * bytes, v, block, bits, digits, wide, &high);
         set_strip_offsets(&offset, &offset_high, sum, high, bits, digits, wide);
         set_numbers(&to, place, scale * QZ_UNIT(bits), sum, offset, offset_high);

@@ -2,8 +2,8 @@
  *
  * The algorithm is MLX's (mlx/backend/cpu/quantized.cpp and mlx/backend/metal/kernels/quantized.h): the range [lo, hi]
  * of the group is spread over n = 2^bits - 1 steps, anchored so that the edge of larger magnitude is code 0, and
- * stretched so that real 0 is a code. All in float32; codes come from the unrounded scale and bias, and are those
- * of a real division even where steps_of does without.
+ * stretched so that real 0 is a code; the two codes of 1 bit stand for lo and hi as they are. All in float32; codes
+ * come from the unrounded scale and bias, and are those of a real division even where steps_of does without.
  *
  * The profiles differ in two points. "cpu" rounds ties to even. "metal" rounds ties away from zero, and its hi is at
  * least 0, so that an all-negative group is spread over [lo, 0]. Groups with infinities, and those of NaN alone, follow
@@ -44,27 +44,35 @@ typedef struct affine_ranges {
     int is_tame; /* 1 where steps_of may be used on every group */
 } affine_ranges;
 
-QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, float steps, int profile) {
-    const v_f32 zero = set1_f32(0.0f), one = set1_f32(1.0f);
-    const v_i32 sign = set1_i32(INT32_MIN);
-    if (profile == QZ_PROFILE_METAL) {
-        v_i32 infinite = greater_i32(magnitude_of(hi), set1_i32(0x7f7fffff));
-        hi = f32_of_bits(select_i32(infinite, bits_of_f32(hi), bits_of_f32(max_f32(hi, zero))));
-    }
-    v_f32 scale = div_f32(sub_f32(hi, lo), set1_f32(steps));
-    scale = max_f32(scale, set1_f32(1e-7f));
+/* Makes the edge of larger magnitude code 0, and real 0 a code. */
+QZ_INLINE void stretch_to_zero(v_f32 *scales, v_f32 *biases, v_f32 lo, v_f32 hi, int profile) {
+    const v_f32 one = set1_f32(1.0f);
+    v_f32 scale = *scales;
     v_i32 low_edge = greater_i32(magnitude_of(lo), magnitude_of(hi)); /* floats that are not NaN sort by their bits */
-    scale = f32_of_bits(select_i32(low_edge, bits_of_f32(scale), xor_i32(bits_of_f32(scale), sign)));
+    scale = f32_of_bits(select_i32(low_edge, bits_of_f32(scale), xor_i32(bits_of_f32(scale), set1_i32(INT32_MIN))));
     v_f32 edge = f32_of_bits(select_i32(low_edge, bits_of_f32(lo), bits_of_f32(hi)));
     v_f32 code = round_any(div_f32(edge, scale), profile);
     v_i32 stretched = greater_i32(magnitude_of(code), set1_i32(0));
     v_f32 divisor = f32_of_bits(select_i32(stretched, bits_of_f32(code), bits_of_f32(one)));
-    v_f32 quotient = canonical_nan(div_f32(edge, divisor));
-    scale = f32_of_bits(select_i32(stretched, bits_of_f32(quotient), bits_of_f32(scale)));
+    *scales = f32_of_bits(select_i32(stretched, bits_of_f32(div_f32(edge, divisor)), bits_of_f32(scale)));
+    *biases = f32_of_bits(and_i32(stretched, bits_of_f32(edge)));
+}
+
+QZ_INLINE void affine_ranges_of(affine_ranges *r, v_f32 lo, v_f32 hi, float steps, int profile) {
+    const v_f32 zero = set1_f32(0.0f);
+    if (profile == QZ_PROFILE_METAL) {
+        v_i32 infinite = greater_i32(magnitude_of(hi), set1_i32(0x7f7fffff));
+        hi = f32_of_bits(select_i32(infinite, bits_of_f32(hi), bits_of_f32(max_f32(hi, zero))));
+    }
+    v_f32 scale = div_f32(sub_f32(hi, lo), set1_f32(steps)), bias = lo;
+    scale = max_f32(set1_f32(1e-7f), scale); /* NaN stays */
+    if (steps > 1.0f) stretch_to_zero(&scale, &bias, lo, hi, profile);
+    scale = canonical_nan(scale);
     store_f32(r->scale, scale);
-    store_f32(r->bias, f32_of_bits(and_i32(stretched, bits_of_f32(edge))));
+    store_f32(r->bias, bias);
 #if QZ_FUSED
-    const v_f32 minus_scale = f32_of_bits(xor_i32(bits_of_f32(scale), sign)), reciprocal = div_f32(one, scale);
+    const v_f32 one = set1_f32(1.0f), reciprocal = div_f32(one, scale);
+    const v_f32 minus_scale = f32_of_bits(xor_i32(bits_of_f32(scale), set1_i32(INT32_MIN)));
     store_f32(r->reciprocal, reciprocal);
     store_f32(r->rest, div_f32(fused_f32(reciprocal, minus_scale, one), scale));
 #endif
@@ -183,13 +191,37 @@ QZ_INLINE v_i32 encode_vector(const float *w, const affine_range *r, int bits, i
     return encode_uint(div_f32(v, r->scale), bits, profile);
 }
 
-/* The codes of a vector of bytes, each quarter of which has a range. */
-QZ_INLINE v_bytes encode_bytes(const float *w, const affine_range r[4], int bits, int profile, int is_tame) {
-    v_i32 v[4];
+QZ_INLINE void encode_vectors(v_i32 v[4], const float *w, const affine_range r[4], int bits, int profile, int is_tame) {
     QZ_UNROLL
     for (int j = 0; j < 4; j++) v[j] = encode_vector(w + j * QZ_LANES, &r[j], bits, profile, is_tame);
+}
+
+/* The codes of a vector of bytes, each quarter of which has a range. */
+QZ_INLINE void store_codes(uint8_t *packed, const float *w, const affine_range r[4], int bits, int profile,
+                           int is_tame) {
+    v_i32 v[4];
+    encode_vectors(v, w, r, bits, profile, is_tame);
     const v_bytes codes = bytes_from_i32(v[0], v[1], v[2], v[3]);
-    return is_tame && bits < 8 ? min_bytes(codes, (1 << bits) - 1) : codes;
+    store_packed(packed, is_tame && bits < 8 ? min_bytes(codes, (1 << bits) - 1) : codes, bits);
+}
+
+/* The codes of two vectors of bytes, of 4 bits and in tame groups, each of which has one range. */
+QZ_INLINE void store_nibble_codes(uint8_t *packed, const float *w, const affine_range *first,
+                                  const affine_range *second, int profile) {
+    v_bytes codes[2];
+    for (int i = 0; i < 2; i++) {
+        const affine_range one = i ? *second : *first, r[4] = {one, one, one, one};
+        v_i32 v[4];
+        encode_vectors(v, w + i * QZ_BYTES, r, 4, profile, 1);
+        codes[i] = min_bytes(loose_bytes_from_i32(v[0], v[1], v[2], v[3]), 15);
+    }
+    store_loose_nibbles(packed, codes);
+}
+
+/* What will be read after as many elements as a vector holds bytes, if float32. */
+QZ_INLINE void prefetch_next(const char *next, ptrdiff_t step) {
+    QZ_UNROLL
+    for (int line = 0; line < QZ_BYTES / 16; line++) prefetch(next + line * 16 * step);
 }
 
 /* The codes of a batch, whole vectors of bytes. `apart` is QZ_LANES where a vector of bytes may hold elements of
@@ -203,16 +235,20 @@ QZ_INLINE void affine_encode(const affine_batch *b, const qz_quantize_job *job, 
     const int shift = __builtin_ctzll((unsigned long long)size);
     const char *next = job->next + b->first * size * step;
     uint8_t *packed = job->packed + b->first * size / 8 * bits;
-    const float *w = b->w;
-    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
+    ptrdiff_t i = 0;
+    for (; bits == 4 && is_tame && apart == 0 && i + 2 * QZ_BYTES <= count; i += 2 * QZ_BYTES) {
+        const affine_range first = range_of_group(&b->ranges, i >> shift);
+        const affine_range second = range_of_group(&b->ranges, (i + QZ_BYTES) >> shift);
+        prefetch_next(next + i * step, step);
+        prefetch_next(next + (i + QZ_BYTES) * step, step);
+        store_nibble_codes(packed + i / 2, b->w + i, &first, &second, profile);
+    }
+    for (; i < count; i += QZ_BYTES) {
         affine_range r[4];
         QZ_UNROLL
         for (int j = 0; j < 4; j++) r[j] = range_of_group(&b->ranges, (i + j * apart) >> shift);
-        QZ_UNROLL
-        for (int line = 0; line < QZ_BYTES / 16; line++) prefetch(next + line * 16 * step); /* if float32 */
-        store_packed(packed, encode_bytes(w + i, r, bits, profile, is_tame), bits);
-        next += QZ_BYTES * step;
-        packed += QZ_BYTES / 8 * bits;
+        prefetch_next(next + i * step, step);
+        store_codes(packed + i / 8 * bits, b->w + i, r, bits, profile, is_tame);
     }
 }
 
@@ -233,13 +269,26 @@ QZ_INLINE void encode_batch(const affine_batch *b, const qz_quantize_job *job, i
     }
 }
 
+/* The sign of a zero that is a group's lo, and with 1 bit its bias, is the first zero's: vectors find either. */
+QZ_INLINE void take_signs_of_zeros(affine_batch *b, ptrdiff_t size) {
+    for (ptrdiff_t g = 0; g < b->groups; g++) {
+        const float *w = b->w + g * size;
+        if (b->ranges.bias[g] != 0.0f) continue;
+        while (*w != 0.0f) w++;
+        b->ranges.bias[g] = *w;
+    }
+}
+
 /* A batch is measured before the one before it is encoded: the chain of divisions that makes a range takes long, and
  * the processor can encode meanwhile. */
 QZ_INLINE void quantize_affine(const qz_quantize_job *job, int bits, int profile) {
     const float steps = (float)((1 << bits) - 1);
     affine_batch batches[2];
     for (ptrdiff_t i = 0, first = 0; first < job->groups + QZ_LANES; i++, first += QZ_LANES) {
-        if (first < job->groups) QZ_NAME(measure_batch)(&batches[i % 2], job, first, steps, profile);
+        if (first < job->groups) {
+            QZ_NAME(measure_batch)(&batches[i % 2], job, first, steps, profile);
+            if (bits == 1) take_signs_of_zeros(&batches[i % 2], job->group_size);
+        }
         if (i > 0) encode_batch(&batches[(i + 1) % 2], job, bits, profile);
     }
 }
@@ -294,89 +343,123 @@ QZ_INLINE void decode_group(char *to, const uint8_t *codes, ptrdiff_t count, flo
     }
 }
 
-/* Where there are no more than 16 results, of 16 bits each, they are decoded once and looked up. */
-QZ_INLINE void look_up_group(char *to, const uint8_t *codes, ptrdiff_t count, float scale, float bias, qz_type products,
-                             qz_type type, int stream) {
-    static const uint8_t every_code[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    uint16_t results[32];
-    decode_group((char *)results, every_code, 2 * QZ_LANES < 16 ? 16 : 2 * QZ_LANES, scale, bias, products, type, 0);
-    const v_table table = load_table(results);
-    for (ptrdiff_t i = 0; i < count; i += QZ_BYTES) {
-        v_bytes found[2];
-        look_up(found, table, codes + i);
-        put(to + 2 * i, found[0], stream);
-        put(to + 2 * i + QZ_BYTES, found[1], stream);
+QZ_INLINE void decode_groups(char *to, const uint8_t *codes, const float *scales, const float *biases, ptrdiff_t groups,
+                             ptrdiff_t size, ptrdiff_t step, qz_type products, qz_type type, int stream) {
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        decode_group(to + g * size * (type == QZ_F32 ? 4 : 2), codes + g * step, size, scales[g], biases[g], products,
+                     type, stream);
     }
 }
 
-/* The same one by one, for scales and biases that may make NaN, and for groups shorter than two vectors. */
-static __attribute__((noinline)) void QZ_NAME(decode_each)(char *to, const uint8_t *codes, ptrdiff_t count, float scale,
-                                                           float bias, qz_type products, qz_type type) {
-    for (ptrdiff_t i = 0; i < count; i++) {
-        float w = round_one((float)codes[i] * scale, products) + bias;
+/* Groups of `size` codes, `step` codes apart, by the types of both roundings. */
+QZ_INLINE void decode_products(char *to, const uint8_t *codes, const float *scales, const float *biases,
+                               ptrdiff_t groups, ptrdiff_t size, ptrdiff_t step, qz_type products, qz_type type,
+                               int stream) {
+    switch (products) {
+    case QZ_F16: decode_groups(to, codes, scales, biases, groups, size, step, QZ_F16, type, stream); return;
+    case QZ_BF16: decode_groups(to, codes, scales, biases, groups, size, step, QZ_BF16, type, stream); return;
+    default: decode_groups(to, codes, scales, biases, groups, size, step, QZ_F32, type, stream);
+    }
+}
+
+QZ_INLINE void decode_type(char *to, const uint8_t *codes, const float *scales, const float *biases, ptrdiff_t groups,
+                           ptrdiff_t size, ptrdiff_t step, qz_type products, qz_type type, int stream) {
+    switch (type) {
+    case QZ_F16: decode_products(to, codes, scales, biases, groups, size, step, products, QZ_F16, stream); return;
+    case QZ_BF16: decode_products(to, codes, scales, biases, groups, size, step, products, QZ_BF16, stream); return;
+    default: decode_products(to, codes, scales, biases, groups, size, step, products, QZ_F32, stream);
+    }
+}
+
+/* Not inline, as what follows: it is the same for all formats whose codes stand for themselves. */
+static __attribute__((noinline)) void QZ_NAME(decode)(char *to, const uint8_t *codes, const float *scales,
+                                                      const float *biases, ptrdiff_t groups,
+                                                      const qz_dequantize_job *job) {
+    const ptrdiff_t size = job->group_size;
+    const qz_type products = job->round_products_to, type = job->w_type;
+    if (job->stream) {
+        decode_type(to, codes, scales, biases, groups, size, size, products, type, 1);
+    } else {
+        decode_type(to, codes, scales, biases, groups, size, size, products, type, 0);
+    }
+}
+
+/* The same one by one, for scales and biases that may make NaN. */
+static __attribute__((noinline)) void QZ_NAME(decode_each)(char *to, const uint8_t *codes, const float *scales,
+                                                           const float *biases, ptrdiff_t groups,
+                                                           const qz_dequantize_job *job) {
+    const ptrdiff_t size = job->group_size, step = job->w_type == QZ_F32 ? 4 : 2;
+    const qz_type products = job->round_products_to;
+    for (ptrdiff_t i = 0; i < groups * size; i++) {
+        float w = round_one((float)codes[i] * scales[i / size], products) + biases[i / size];
         w = round_one(w, products);
-        store_one(to + i * (type == QZ_F32 ? 4 : 2), type, w == w ? w : qz_float_of(0x7fc00000u));
+        store_one(to + i * step, job->w_type, w == w ? w : qz_float_of(0x7fc00000u));
     }
 }
 
-/* The groups from `first` on: codes to results, by the types of both roundings. A table of results costs as much as
- * some 30 of them. */
-QZ_INLINE void decode_groups(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
-                             int bits, qz_type products, qz_type type, int stream) {
-    const ptrdiff_t size = job->group_size, step = size * (type == QZ_F32 ? 4 : 2);
-    const float *const scales = job->scales + first, *const biases = job->biases + first;
-    char *to = job->w + first * step;
-    for (ptrdiff_t g = 0; g < groups; g++, to += step) {
-        const float s = scales[g], b = biases[g];
-        if (!isfinite(s) || !isfinite(b) || size % (2 * QZ_LANES) != 0) {
-            QZ_NAME(decode_each)(to, codes + g * size, size, s, b, products, type);
-        } else if (type != QZ_F32 && bits <= 4 && size >= 64) {
-            look_up_group(to, codes + g * size, size, s, b, products, type, stream);
-        } else {
-            decode_group(to, codes + g * size, size, s, b, products, type, stream);
+/* Groups of no more than 16 results, of 16 bits each, are decoded by a table: what every code stands for in them. A
+ * table costs as much as some 30 results. */
+enum { QZ_TABLED = DECODED / 64, QZ_TABLE = 2 * QZ_LANES < 16 ? 16 : 2 * QZ_LANES };
+
+static __attribute__((noinline)) void QZ_NAME(tabulate)(uint16_t *tables, const float *scales, const float *biases,
+                                                        ptrdiff_t groups, const qz_dequantize_job *job) {
+    static const uint8_t codes[32] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const qz_type products = job->round_products_to;
+    if (job->w_type == QZ_F16) {
+        decode_products((char *)tables, codes, scales, biases, groups, QZ_TABLE, 0, products, QZ_F16, 0);
+    } else {
+        decode_products((char *)tables, codes, scales, biases, groups, QZ_TABLE, 0, products, QZ_BF16, 0);
+    }
+}
+
+QZ_INLINE void look_up_groups(char *to, const uint8_t *packed, const uint16_t *tables, ptrdiff_t groups, ptrdiff_t size,
+                              int bits, int stream) {
+    for (ptrdiff_t g = 0; g < groups; g++) {
+        const v_table table = load_table(tables + g * QZ_TABLE);
+        for (ptrdiff_t i = 0; i < size; i += QZ_BYTES) {
+            v_bytes found[2];
+            look_up(found, table, packed, bits);
+            put(to, found[0], stream);
+            put(to + QZ_BYTES, found[1], stream);
+            packed += QZ_BYTES / 8 * bits;
+            to += 2 * QZ_BYTES;
         }
     }
 }
 
-QZ_INLINE void decode_products(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
-                               int bits, qz_type type, int stream) {
-    switch (job->round_products_to) {
-    case QZ_F16: decode_groups(job, codes, first, groups, bits, QZ_F16, type, stream); return;
-    case QZ_BF16: decode_groups(job, codes, first, groups, bits, QZ_BF16, type, stream); return;
-    default: decode_groups(job, codes, first, groups, bits, QZ_F32, type, stream); return;
-    }
-}
-
-QZ_INLINE void decode_to(const qz_dequantize_job *job, const uint8_t *codes, ptrdiff_t first, ptrdiff_t groups,
-                         int bits, int stream) {
-    switch (job->w_type) {
-    case QZ_F16: decode_products(job, codes, first, groups, bits, QZ_F16, stream); return;
-    case QZ_BF16: decode_products(job, codes, first, groups, bits, QZ_BF16, stream); return;
-    default: decode_products(job, codes, first, groups, bits, QZ_F32, stream); return;
-    }
-}
-
-/* Not inline: it is the same for all formats whose codes stand for themselves. */
-static __attribute__((noinline)) void QZ_NAME(decode)(const qz_dequantize_job *job, const uint8_t *codes,
-                                                      ptrdiff_t first, ptrdiff_t groups, int bits) {
-    if (job->stream) {
-        decode_to(job, codes, first, groups, bits, 1);
-    } else {
-        decode_to(job, codes, first, groups, bits, 0);
-    }
+QZ_INLINE int are_finite(const float *v, ptrdiff_t count) {
+    v_i32 most = set1_i32(0);
+    ptrdiff_t i = 0;
+    for (; i + QZ_LANES <= count; i += QZ_LANES) most = max_i32(most, magnitude_of(load_f32(v + i)));
+    for (; i < count; i++) most = max_i32(most, magnitude_of(set1_f32(v[i])));
+    return !any_i32(greater_i32(most, set1_i32(0x7f7fffff)));
 }
 
 QZ_INLINE void dequantize_affine(const qz_dequantize_job *job, int bits) {
     const ptrdiff_t size = job->group_size, most = DECODED / size;
+    const int is_tabled = bits <= 4 && job->w_type != QZ_F32 && size >= 64;
     uint8_t codes[DECODED];
+    uint16_t tables[QZ_TABLED * QZ_TABLE];
     for (ptrdiff_t first = 0; first < job->groups; first += most) {
         const ptrdiff_t left = job->groups - first, groups = left < most ? left : most;
+        const float *const scales = job->scales + first, *const biases = job->biases + first;
         const uint8_t *packed = job->packed + first * size / 8 * bits;
-        unpack_bits(codes, packed, bits, groups * size);
+        char *to = job->w + first * size * (job->w_type == QZ_F32 ? 4 : 2);
+        const int is_finite = are_finite(scales, groups) && are_finite(biases, groups);
         for (ptrdiff_t line = 0; line < groups * size / 8 * bits; line += 64) {
             prefetch(packed + most * size / 8 * bits + line);
         }
-        QZ_NAME(decode)(job, codes, first, groups, bits);
+        if (is_tabled && is_finite) {
+            QZ_NAME(tabulate)(tables, scales, biases, groups, job);
+            if (job->stream) {
+                look_up_groups(to, packed, tables, groups, size, bits, 1);
+            } else {
+                look_up_groups(to, packed, tables, groups, size, bits, 0);
+            }
+        } else {
+            unpack_bits(codes, packed, bits, groups * size);
+            (is_finite ? QZ_NAME(decode) : QZ_NAME(decode_each))(to, codes, scales, biases, groups, job);
+        }
     }
     if (job->stream) stream_end();
 }

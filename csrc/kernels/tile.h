@@ -124,8 +124,7 @@ QZ_INLINE void add_pairs(tile_sums sums, tile_codes codes, const int8_t *const *
         QZ_UNROLL
         for (int r = 0; r < rows; r++) {
             const v_u8 low = broadcast_four(x[r] + at + 4 * k);
-            QZ_UNROLL
-            for (int v = 0; v < QZ_TILE_VECTORS; v++) sum[r][v] = add_pair(sum[r][v], code[v], low);
+            add_pair_tile(sum[r], code, low);
         }
     }
     QZ_UNROLL
@@ -169,16 +168,19 @@ QZ_INLINE void sum_tile(tile_sums low, tile_sums high, tile_codes codes, const i
 }
 
 #if QZ_PAIRS
-/* Makes the pairs, centred, of one vector of outputs from their quads. Returns by what the dots with low pairs exceed
- * those with low digits: pair_excess times the sum of the codes. */
-QZ_INLINE v_i32 store_pairs(uint8_t *pairs, const uint8_t *quads, ptrdiff_t pitch, int block, int bits, int wide) {
+/* Makes the pairs, centred, of one vector of outputs from their quads, for `together` quads at a time the first pairs
+ * and then the second. Returns by what the dots with low pairs exceed those with low digits: pair_excess times the sum
+ * of the codes. */
+QZ_INLINE v_i32 store_pairs(uint8_t *pairs, const uint8_t *quads, ptrdiff_t pitch, int block, int together, int bits,
+                            int wide) {
     const v_u8 twice = u8_of_i32(set1_i32(pair_excess(wide) * 65537));
     v_i32 excess = set1_i32(0);
     for (int k = 0; k < block / 4; k++) {
+        const int place = k / together * 2 * together + k % together;
         v_i32 two[2];
         pairs_of_quads(two, load_u8(quads + k * pitch), QZ_CENTRE(bits));
-        store_u8(pairs + 2 * k * pitch, (v_u8)two[0]);
-        store_u8(pairs + (2 * k + 1) * pitch, (v_u8)two[1]);
+        store_u8(pairs + place * pitch, (v_u8)two[0]);
+        store_u8(pairs + (place + together) * pitch, (v_u8)two[1]);
         if (wide) excess = add_pair(add_pair(excess, two[0], twice), two[1], twice);
     }
     return excess;

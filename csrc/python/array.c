@@ -18,9 +18,12 @@ static int raise_dtype(const call *c, const char *name, PyObject *object, const 
     if (!dtype) PyErr_Clear();
     text = dtype ? PyObject_Str(dtype) : PyType_GetName(Py_TYPE(object));
     if (text && dtype) {
-        int raw = c->takes_input_dtype && what == float_kinds && PyUnicode_CompareWithASCIIString(text, "uint16") == 0;
-        qz_raise(PyExc_TypeError, c->op, "%s has dtype %U, must be %s%s", name, text, what,
-                 raw ? " (input_dtype=\"bfloat16\" declares that uint16 holds bfloat16 bits)" : "");
+        const char *hint = "";
+        if (what == float_kinds && PyUnicode_CompareWithASCIIString(text, "uint16") == 0) {
+            hint = c->takes_input_dtype ? " (input_dtype=\"bfloat16\" declares that uint16 holds bfloat16 bits)"
+                                        : " (.view(ml_dtypes.bfloat16) declares that uint16 holds bfloat16 bits)";
+        }
+        qz_raise(PyExc_TypeError, c->op, "%s has dtype %U, must be %s%s", name, text, what, hint);
     } else if (text) {
         qz_raise(PyExc_TypeError, c->op, "%s must be an array of %s, got %U", name, what, text);
     }

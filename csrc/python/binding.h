@@ -252,6 +252,16 @@ static inline int qz_fits_groups(ptrdiff_t features, ptrdiff_t groups, ptrdiff_t
 /* Refuses an `out` that is neither None nor a tuple of so many, which `names` says in words. */
 int qz_check_outputs(const call *c, PyObject *out, const char *names, Py_ssize_t count);
 
+/* The arrays of a call that quantizes: codes and scales, and biases where the format has them. */
+typedef struct quantize_views {
+    view w, result[3];
+    PyObject *results[3];
+} quantize_views;
+
+/* Opens the call and its views for `run`, which returns the tuple of results, and closes them. */
+PyObject *qz_run_quantize(PyObject *module, const plan_object *plan, PyObject *const *args, PyObject *input_dtype,
+                          PyObject *(*run)(const plan_object *, const call *, PyObject *const *, quantize_views *));
+
 qz_type qz_promote(qz_type a, qz_type b);
 const char *qz_type_name(qz_type type);
 

@@ -186,8 +186,8 @@ static const struct parameter {
     [OP_FAKE_QUANTIZE] = {{"x", NULL, 0}, {"bits", NULL, 4}, {"out", NULL, 0}, {"input_dtype", NULL, 0}},
 };
 
-/* How a kind of operation is called: the arrays that must be given, what may be given by position, and where group_size
- * stands, with bits after it (-1: nowhere). */
+/* How a kind of operation is called: how many parameters, the first ones, must be given, how many may be given by
+ * position, and where group_size stands, with bits after it (-1: nowhere). */
 static const struct manner {
     int required, positional, group_size;
     PyObject *(*function)(PyObject *module, PyObject *const *args, Py_ssize_t count);
@@ -206,9 +206,9 @@ static const struct manner {
     [OP_TO_FP8] = {1, 1, -1, qz_py_to_fp8},
     [OP_FROM_FP8] = {1, 1, -1, qz_py_from_fp8},
     [OP_FWHT] = {1, 1, -1, qz_py_fwht},
-    [OP_HADAMARD_KV] = {3, 3, -1, qz_py_hadamard_quantize_kv},
-    [OP_HADAMARD_KV_SEQ] = {3, 3, -1, qz_py_hadamard_quantize_kv_seq},
-    [OP_HADAMARD_KV_HB] = {3, 3, -1, qz_py_hadamard_quantize_kv_hb},
+    [OP_HADAMARD_KV] = {4, 3, -1, qz_py_hadamard_quantize_kv},
+    [OP_HADAMARD_KV_SEQ] = {4, 3, -1, qz_py_hadamard_quantize_kv_seq},
+    [OP_HADAMARD_KV_HB] = {5, 3, -1, qz_py_hadamard_quantize_kv_hb},
     [OP_QUANTIZE_KV] = {1, 2, -1, qz_py_quantize_kv},
     [OP_DEQUANTIZE_KV] = {2, 3, -1, qz_py_dequantize_kv},
     [OP_KV_ATTENTION] = {3, 3, -1, qz_py_kv_attention},
@@ -219,6 +219,14 @@ static const struct manner {
 static int absent_place(const op_row *op) {
     if ((op->kind != OP_MATMUL && op->kind != OP_MATMUL_FP) || op->takes_output_features) return -1;
     return manners[op->kind].required;
+}
+
+/* Whether a parameter is one that only formats with the other kind of scales have. */
+static int is_of_others(const op_row *op, int place) {
+    const char *name = parameters[op->kind][place].name;
+    const int of_e8m0 = strcmp(name, "mx_scale") == 0;
+    if (!of_e8m0 && strcmp(name, "global_scale") != 0) return 0;
+    return of_e8m0 != (strcmp(qz_formats[qz_find_mode(op->mode)].scale, "e8m0") == 0);
 }
 
 static PyObject *default_of(const struct parameter *p) {
@@ -272,7 +280,7 @@ static Py_ssize_t bind(const kernel_object *self, const module_state *state, con
     }
     while (keywords && PyDict_Next(keywords, &cursor, &keyword, &value)) {
         int place = place_of(names, keyword);
-        if (place < 0 || place == absent || found >> place & 1) return 0;
+        if (place < 0 || place == absent || found >> place & 1 || is_of_others(op, place)) return 0;
         values[place] = value;
         found |= 1u << place;
     }

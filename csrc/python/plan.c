@@ -279,8 +279,7 @@ const plan_object *qz_take_plan(PyObject *module, PyObject *object, op_kind kind
     return NULL;
 }
 
-/* ---- lists
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- lists ---- */
 
 /* Appends a dict and takes its reference; frees the list on failure. */
 static int append(PyObject **list, PyObject *item) {

@@ -58,11 +58,6 @@ int qz_take_length(const call *c, PyObject *k, ptrdiff_t groups, ptrdiff_t group
                     least, groups * group_size, groups, group_size, *length);
 }
 
-typedef struct quantize_views {
-    view w, result[3];
-    PyObject *results[3];
-} quantize_views;
-
 static const char *const result_names[] = {"out[0] (codes)", "out[1] (scales)", "out[2] (biases)"};
 
 int qz_check_outputs(const call *c, PyObject *out, const char *names, Py_ssize_t count) {
@@ -95,16 +90,6 @@ static int take_outputs(quantize_views *v, const call *c, PyObject *out, ptrdiff
         if (qz_refuse_overlap(c, result_names[i], &v->result[i], others, i + 1) < 0) return -1;
     }
     return 0;
-}
-
-static PyObject *pack_results(quantize_views *v) {
-    PyObject *tuple = PyTuple_New(3);
-    for (int i = 0; tuple && i < 3; i++) {
-        PyObject *item = v->results[i];
-        v->results[i] = NULL;
-        if (PyTuple_SetItem(tuple, i, item) < 0) Py_CLEAR(tuple);
-    }
-    return tuple;
 }
 
 typedef struct quantize_options {
@@ -145,22 +130,20 @@ static PyObject *quantize(const plan_object *plan, const call *c, PyObject *cons
     job.mx_scale = QZ_MX_UP; /* this and the next are the fp family's */
     job.global_scale = 1;
     if (qz_run_operation(plan, quantize_operation, &job, (double)count) < 0) return NULL;
-    return pack_results(v);
+    return PyTuple_Pack(3, v->results[0], v->results[1], v->results[2]);
 }
 
-/* quantize(plan, w, group_size, bits, profile, scale_dtype, pad, out, input_dtype) */
-PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+PyObject *qz_run_quantize(PyObject *module, const plan_object *plan, PyObject *const *args, PyObject *input_dtype,
+                          PyObject *(*run)(const plan_object *, const call *, PyObject *const *, quantize_views *)) {
     quantize_views v;
     call c;
-    if (qz_check_count("quantize", count, 9) < 0) return NULL;
-    const plan_object *plan = qz_take_plan(module, args[0], OP_QUANTIZE);
-    if (!plan || qz_open_call(&c, module, plan, args[8]) < 0) return NULL;
+    if (qz_open_call(&c, module, plan, input_dtype) < 0) return NULL;
     qz_open_view(&v.w);
     for (int i = 0; i < 3; i++) {
         qz_open_view(&v.result[i]);
         v.results[i] = NULL;
     }
-    PyObject *tuple = quantize(plan, &c, args, &v);
+    PyObject *tuple = run(plan, &c, args, &v);
     qz_release(&v.w);
     for (int i = 0; i < 3; i++) {
         qz_release(&v.result[i]);
@@ -170,8 +153,14 @@ PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t cou
     return tuple;
 }
 
-/* ---- dequantize
- * ----------------------------------------------------------------------------------------------------------- */
+/* quantize(plan, w, group_size, bits, profile, scale_dtype, pad, out, input_dtype) */
+PyObject *qz_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    if (qz_check_count("quantize", count, 9) < 0) return NULL;
+    const plan_object *plan = qz_take_plan(module, args[0], OP_QUANTIZE);
+    return plan ? qz_run_quantize(module, plan, args, args[8], quantize) : NULL;
+}
+
+/* ---- dequantize ---- */
 
 typedef struct dequantize_views {
     view codes, scales, biases, w;

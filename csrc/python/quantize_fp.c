@@ -36,13 +36,8 @@ static int take_mx_scale(const call *c, const qz_format *format, PyObject *objec
     return word < 0 ? -1 : 0;
 }
 
-typedef struct fp_views {
-    view w, result[2];
-    PyObject *results[2];
-} fp_views;
-
 /* Codes and scales, from `out`, a tuple with None where a new array is wanted. */
-static int take_outputs(fp_views *v, const call *c, PyObject *out, ptrdiff_t count, const qz_format *format) {
+static int take_outputs(quantize_views *v, const call *c, PyObject *out, ptrdiff_t count, const qz_format *format) {
     static const char *const names[] = {"out[0] (codes)", "out[1] (scales)"};
     const int last = v->w.array.ndim - 1;
     const named_view others[] = {{"w", &v->w}, {names[0], &v->result[0]}};
@@ -60,7 +55,7 @@ static int take_outputs(fp_views *v, const call *c, PyObject *out, ptrdiff_t cou
     return 0;
 }
 
-static PyObject *quantize(const plan_object *plan, const call *c, PyObject *const *args, fp_views *v) {
+static PyObject *quantize(const plan_object *plan, const call *c, PyObject *const *args, quantize_views *v) {
     qz_quantize_args job; /* set below, as far as its arrays have axes */
     job.format = qz_find_mode(plan->op->mode);
     job.group_slot = 0;
@@ -83,24 +78,9 @@ static PyObject *quantize(const plan_object *plan, const call *c, PyObject *cons
 
 /* quantize_fp(plan, w, profile, mx_scale, global_scale, pad, out, input_dtype) */
 PyObject *qz_py_quantize_fp(PyObject *module, PyObject *const *args, Py_ssize_t count) {
-    fp_views v;
-    call c;
     if (qz_check_count("quantize_fp", count, 8) < 0) return NULL;
     const plan_object *plan = qz_take_plan(module, args[0], OP_QUANTIZE_FP);
-    if (!plan || qz_open_call(&c, module, plan, args[7]) < 0) return NULL;
-    qz_open_view(&v.w);
-    for (int i = 0; i < 2; i++) {
-        qz_open_view(&v.result[i]);
-        v.results[i] = NULL;
-    }
-    PyObject *tuple = quantize(plan, &c, args, &v);
-    qz_release(&v.w);
-    for (int i = 0; i < 2; i++) {
-        qz_release(&v.result[i]);
-        Py_XDECREF(v.results[i]);
-    }
-    qz_close_call();
-    return tuple;
+    return plan ? qz_run_quantize(module, plan, args, args[7], quantize) : NULL;
 }
 
 /* ---- dequantize ---- */

@@ -153,12 +153,17 @@ static inline v_i32 widen_sums(v_i32 sum, v_sums some) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(some, _mm256_set1_epi16(1)));
 }
 static inline v_i32 add_pair(v_i32 sum, v_i32 codes, v_u8 x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, x));
+}
+/* add_pair of both vectors of a tile with one row of x. */
+QZ_INLINE void add_pair_tile(v_i32 sum[QZ_TILE_VECTORS], const v_i32 codes[QZ_TILE_VECTORS], v_u8 x) {
     __m256i product;
-    __asm__("vpmaddwd %[x], %[codes], %[product]\n\t"
-            "vpaddd %[product], %[sum], %[sum]"
-            : [sum] "+x"(sum), [product] "=&x"(product)
-            : [codes] "x"(codes), [x] "x"(x));
-    return sum;
+    __asm__("vpmaddwd %[x], %[first], %[product]\n\t"
+            "vpaddd %[product], %[low], %[low]\n\t"
+            "vpmaddwd %[x], %[second], %[product]\n\t"
+            "vpaddd %[product], %[high], %[high]"
+            : [low] "+x"(sum[0]), [high] "+x"(sum[1]), [product] "=&x"(product)
+            : [first] "x"(codes[0]), [second] "x"(codes[1]), [x] "x"(x));
 }
 static inline void pairs_of_quads(v_i32 pairs[2], v_u8 quads, int centre) {
     const __m256i low = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, //
@@ -292,8 +297,8 @@ static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8
     {                                                                                                          \
         {QZ_EIGHT(ONE, bits, 0), QZ_EIGHT(ONE, bits, 16)}, { QZ_EIGHT(ONE, bits, 8), QZ_EIGHT(ONE, bits, 24) } \
     }
-#define QZ_WIDTHS(ONE)                                                                               \
-    {[1] = QZ_STEPS(ONE, 1), [2] = QZ_STEPS(ONE, 2), [3] = QZ_STEPS(ONE, 3), [4] = QZ_STEPS(ONE, 4), \
+#define QZ_WIDTHS(ONE)                                                       \
+    {[2] = QZ_STEPS(ONE, 2), [3] = QZ_STEPS(ONE, 3), [4] = QZ_STEPS(ONE, 4), \
      [5] = QZ_STEPS(ONE, 5), [6] = QZ_STEPS(ONE, 6), [7] = QZ_STEPS(ONE, 7)}
 
 static const int8_t fetch_bytes[8][2][32] = QZ_WIDTHS(QZ_PAIR);
@@ -304,8 +309,18 @@ static inline __m256i fetch_16_codes(__m256i bytes, int bits, int step) {
     __m256i factors = _mm256_loadu_si256((const __m256i *)fetch_factors[bits][step]);
     return _mm256_srli_epi16(_mm256_mullo_epi16(pairs, factors), 16 - bits);
 }
+/* Each byte's eight bits, one by one in bytes of their own. */
+static inline __m256i unpack_32_bits(const uint8_t *packed) {
+    const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit_of_byte = _mm256_set1_epi64x((long long)0x8040201008040201);
+    int32_t bits;
+    memcpy(&bits, packed, sizeof bits);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread);
+    return _mm256_min_epu8(_mm256_and_si256(bytes, bit_of_byte), _mm256_set1_epi8(1));
+}
 static inline __m256i unpack_32_codes(const uint8_t *packed, int bits) {
     __m256i bytes;
+    if (bits == 1) return unpack_32_bits(packed);
     if (bits == 8) return _mm256_loadu_si256((const __m256i *)packed);
     if (bits == 4) {
         __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)packed));
@@ -420,6 +435,31 @@ static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm256_fmadd_p
 
 static inline int any_i32(v_i32 mask) { return _mm256_movemask_epi8(mask) != 0; }
 
+/* 32 codes of 4 bits, two by two from the bytes that `apart` brings into 16-bit lanes. */
+static inline __m256i codes_of_pairs(const uint8_t *packed, __m256i apart) {
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
+    const __m256i pairs = _mm256_shuffle_epi8(all, apart);
+    return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+}
+
+/* The upper bytes of the numbers, of bfloat16 as it were, are looked up. The codes are such a way apart that unpacking,
+ * which takes half of each half, first to 16 and then to 32 bits, puts them in order. */
+static inline void f32_from_fp4(v_f32 to[4], const uint8_t *packed) {
+    const __m256i low = _mm256_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64, //
+                                         0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64);
+    const __m256i high = _mm256_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64, -64, -64, -64, //
+                                          0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64, -64, -64, -64);
+    const __m256i apart = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, //
+                                           2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    const __m256i none = _mm256_setzero_si256(), codes = codes_of_pairs(packed, apart);
+    const __m256i lower = _mm256_shuffle_epi8(low, codes), upper = _mm256_shuffle_epi8(high, codes);
+    const __m256i a = _mm256_unpacklo_epi8(lower, upper), b = _mm256_unpackhi_epi8(lower, upper);
+    to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(none, a));
+    to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(none, a));
+    to[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(none, b));
+    to[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(none, b));
+}
+
 static inline v_i32 f32_from_e4m3(v_f32 to[4], const uint8_t *codes) {
     const __m256i v = _mm256_loadu_si256((const __m256i *)codes), none = _mm256_setzero_si256();
     const __m256i kept = _mm256_set1_epi16((short)0xbfff), largest = _mm256_set1_epi8(0x7f);
@@ -490,9 +530,16 @@ static inline v_table load_table(const uint16_t *entries) {
     const __m256i bytes = _mm256_packus_epi16(low, high);
     return (v_table){_mm256_permute4x64_epi64(bytes, 0x88), _mm256_permute4x64_epi64(bytes, 0xdd)};
 }
-static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
-    /* The unpacking below takes eight codes out of each half. */
-    __m256i v = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)codes), 0xd8);
+/* The unpacking at the end takes eight codes out of each half. */
+QZ_INLINE void look_up(v_bytes found[2], v_table table, const uint8_t *packed, int bits) {
+    const __m256i apart = _mm256_setr_epi8(0, -1, 1, -1, 2, -1, 3, -1, 8, -1, 9, -1, 10, -1, 11, -1, //
+                                           4, -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15, -1);
+    __m256i v;
+    if (bits == 4) {
+        v = codes_of_pairs(packed, apart);
+    } else {
+        v = _mm256_permute4x64_epi64(unpack_32_codes(packed, bits), 0xd8);
+    }
     __m256i low = _mm256_shuffle_epi8(table.low, v), high = _mm256_shuffle_epi8(table.high, v);
     found[0] = _mm256_unpacklo_epi8(low, high);
     found[1] = _mm256_unpackhi_epi8(low, high);
@@ -539,6 +586,20 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     v = _mm256_shuffle_epi8(v, order);
     _mm_storeu_si128((__m128i *)packed, _mm256_castsi256_si128(v));
     _mm_storeu_si128((__m128i *)(packed + 2 * bits), _mm256_extracti128_si256(v, 1));
+}
+
+/* Packing leaves four codes of each vector in either half, and so does what joins two codes of two bytes: halves are
+ * brought together, and then what was apart in them. */
+static inline v_bytes loose_bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
+    return _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+}
+QZ_INLINE void store_loose_nibbles(uint8_t *packed, const v_bytes codes[2]) {
+    const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, //
+                                           0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m256i join = _mm256_set1_epi16(1 | 16 << 8);
+    const __m256i bytes =
+        _mm256_packus_epi16(_mm256_maddubs_epi16(codes[0], join), _mm256_maddubs_epi16(codes[1], join));
+    _mm256_storeu_si256((__m256i *)packed, _mm256_shuffle_epi8(_mm256_permute4x64_epi64(bytes, 0xd8), order));
 }
 
 /* The KV cache. */
@@ -612,7 +673,7 @@ QZ_INLINE v_f32 sum_of_each(const float *chains) {
     return _mm256_add_ps(_mm256_shuffle_ps(twos[0], twos[1], 0x44), _mm256_shuffle_ps(twos[0], twos[1], 0xee));
 }
 
-/* Up to 64 values by their bytes, 16 to a table of VPSHUFB; more are gathered. */
+/* Up to 64 values by their bytes, 16 to a table of VPSHUFB; more are loaded one by one. */
 typedef struct v_centroids {
     __m256i planes[4][4];
     const float *values;
@@ -655,16 +716,24 @@ QZ_INLINE __m256i look_up_bytes(const __m256i tables[4], __m256i codes, int bits
     return _mm256_blendv_epi8(found, _mm256_blendv_epi8(third, fourth, is_odd), _mm256_slli_epi16(codes, 2));
 }
 
+/* VGATHERDPS takes 1.7 times as long (Zen 3). */
+QZ_INLINE __m128 load_four(const float *values, const uint8_t *codes, int step) {
+    const __m128 a = _mm_unpacklo_ps(_mm_load_ss(values + codes[0]), _mm_load_ss(values + codes[step]));
+    const __m128 b = _mm_unpacklo_ps(_mm_load_ss(values + codes[2 * step]), _mm_load_ss(values + codes[3 * step]));
+    return _mm_movelh_ps(a, b);
+}
+
 /* Unpacked to words, even and odd ones become floats by a shift and by a mask, since the lower words of bfloat16 values
  * are 0; what those of others are is blended in. */
 QZ_INLINE void centroids_of_32(v_f32 to[4], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
-    const __m256i of = codes.of[half], zero = _mm256_setzero_si256();
+    const __m256i of = codes.of[half];
     if (bits == 8) {
-        const __m256i words[2] = {_mm256_unpacklo_epi8(of, zero), _mm256_unpackhi_epi8(of, zero)};
+        uint8_t bytes[32];
+        _mm256_storeu_si256((__m256i *)bytes, of);
         QZ_UNROLL
-        for (int i = 0; i < 2; i++) {
-            to[i] = _mm256_i32gather_ps(c->values, _mm256_and_si256(words[i], _mm256_set1_epi32(0xffff)), 4);
-            to[i + 2] = _mm256_i32gather_ps(c->values, _mm256_srli_epi32(words[i], 16), 4);
+        for (int i = 0; i < 4; i++) {
+            const uint8_t *first = bytes + i % 2 * 8 + i / 2; /* in words, the even ones or the odd ones */
+            to[i] = _mm256_set_m128(load_four(c->values, first + 16, 2), load_four(c->values, first, 2));
         }
         return;
     }

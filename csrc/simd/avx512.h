@@ -255,6 +255,16 @@ static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return _mm512_fmadd_p
 
 static inline int any_i32(v_i32 mask) { return _mm512_test_epi32_mask(mask, mask) != 0; }
 
+/* VPERMPS looks at the lowest four bits of a lane. */
+static inline void f32_from_fp4(v_f32 to[2], const uint8_t *packed) {
+    const __m512 numbers = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, //
+                                          -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
+    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)packed));
+    const __m256i codes = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
+    to[0] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)), numbers);
+    to[1] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)), numbers);
+}
+
 static inline v_i32 f32_from_e4m3(v_f32 to[2], const uint8_t *codes) {
     const __m256i v = _mm256_loadu_si256((const __m256i *)codes), largest = _mm256_set1_epi8(0x7f);
     const __m512i wide = _mm512_srai_epi16(_mm512_slli_epi16(_mm512_cvtepu8_epi16(v), 8), 1);
@@ -321,11 +331,11 @@ typedef __m512i v_table;
 static inline v_table load_table(const uint16_t *entries) {
     return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)entries));
 }
-static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
-    for (int i = 0; i < 2; i++) {
-        const __m256i v = _mm256_loadu_si256((const __m256i *)codes + i);
-        found[i] = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(v), table);
-    }
+QZ_INLINE void look_up(v_bytes found[2], v_table table, const uint8_t *packed, int bits) {
+    const __m512i codes = unpack_in_order(packed, bits, 64);
+    const __m256i low = _mm512_castsi512_si256(codes), high = _mm512_extracti64x4_epi64(codes, 1);
+    found[0] = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(low), table);
+    found[1] = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(high), table);
 }
 
 static inline v_bytes bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
@@ -371,6 +381,23 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     _mm512_storeu_si512(packed, v);
 }
 
+static inline v_bytes loose_bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) {
+    return _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+}
+/* Packing leaves the bytes of vector v in dword v of each 128-bit lane; VPERMB puts in order what they were joined to.
+ */
+#define QZ_NIBBLES_OF(v) \
+    4 * (v), 4 * (v) + 2, 4 * (v) + 16, 4 * (v) + 18, 4 * (v) + 32, 4 * (v) + 34, 4 * (v) + 48, 4 * (v) + 50
+static inline __m256i join_loose_nibbles(v_bytes codes) {
+    static const uint8_t order[64] = {QZ_NIBBLES_OF(0), QZ_NIBBLES_OF(1), QZ_NIBBLES_OF(2), QZ_NIBBLES_OF(3)};
+    const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(1 | 16 << 8));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi8(_mm512_loadu_si512(order), pairs));
+}
+QZ_INLINE void store_loose_nibbles(uint8_t *packed, const v_bytes codes[2]) {
+    _mm256_storeu_si256((__m256i *)packed, join_loose_nibbles(codes[0]));
+    _mm256_storeu_si256((__m256i *)packed + 1, join_loose_nibbles(codes[1]));
+}
+
 /* The KV cache. */
 
 #define QZ_TABLE_BITS 5
@@ -382,16 +409,9 @@ QZ_INLINE v_f32 partner_f32(v_f32 v, int distance) {
 }
 static inline float first_f32(v_f32 v) { return _mm_cvtss_f32(_mm512_castps512_ps128(v)); }
 
-/* Packing leaves the bytes of vector v in dword v of each 128-bit lane; VPERMB puts in order what they were joined to.
- */
-#define QZ_NIBBLES_OF(v) \
-    4 * (v), 4 * (v) + 2, 4 * (v) + 16, 4 * (v) + 18, 4 * (v) + 32, 4 * (v) + 34, 4 * (v) + 48, 4 * (v) + 50
 QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
-    static const uint8_t order[64] = {QZ_NIBBLES_OF(0), QZ_NIBBLES_OF(1), QZ_NIBBLES_OF(2), QZ_NIBBLES_OF(3)};
-    const __m512i ab = _mm512_packs_epi32(codes[0], codes[1]), cd = _mm512_packs_epi32(codes[2], codes[3]);
-    const __m512i pairs = _mm512_maddubs_epi16(_mm512_packus_epi16(ab, cd), _mm512_set1_epi16(1 | 16 << 8));
-    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(order), pairs);
-    _mm256_storeu_si256((__m256i *)packed, _mm512_castsi512_si256(bytes));
+    const __m256i joined = join_loose_nibbles(loose_bytes_from_i32(codes[0], codes[1], codes[2], codes[3]));
+    _mm256_storeu_si256((__m256i *)packed, joined);
 }
 
 /* Every even element twice, and every odd one: by loads alone. */

@@ -15,7 +15,8 @@
 #define QZ_HOLD(v) (void)(v)
 #endif
 
-/* Whole codes in a byte, where codes do not straddle bytes and are narrower than one. */
+/* Whole codes in a byte, where codes do not straddle bytes and are narrower than one. Codes of 1 bit come in order: a
+ * step of eight vectors would be four blocks. */
 #define QZ_FOLD(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 1)
 
 static inline v_u8 u8_of_i32(v_i32 v);
@@ -34,7 +35,7 @@ static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits);
 QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits, int factor);
 
 /* Codes of consecutive packed bytes, in the order that costs least: of 4 * QZ_LANES bytes, vector j holds codes
- * QZ_FOLD(bits) * i + j of every i. Widths that do not divide a byte come in order, one vector of them. */
+ * QZ_FOLD(bits) * i + j of every i. Widths that QZ_FOLD gives 1 come in order, one vector of them. */
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits);
 
 /* One vector of codes in order, of which `count`, a multiple of 32 or more than there are, are read. */

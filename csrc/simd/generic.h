@@ -17,7 +17,8 @@
 #include "bits.h"
 
 #define QZ_LANES 4
-#define QZ_FLOAT_ROWS 4 /* of x in a tile: twice as many vectors of sums leave registers for three more */
+#define QZ_HOLD(v) (void)(v) /* see dot.h */
+#define QZ_FLOAT_ROWS 4      /* of x in a tile: twice as many vectors of sums leave registers for three more */
 
 typedef float v_f32 __attribute__((vector_size(16)));
 typedef int32_t v_i32 __attribute__((vector_size(16)));
@@ -141,6 +142,16 @@ static inline v_f32 greatest_of_each(const v_f32 v[QZ_LANES]) {
     return a;
 }
 
+/* 32 codes of FP4 (E2M1) as numbers. */
+static inline void f32_from_fp4(v_f32 to[32 / QZ_LANES], const uint8_t *packed) {
+    static const float numbers[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                      -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+    for (int i = 0; i < 32 / QZ_LANES; i++, packed += QZ_LANES / 2) {
+        const int a = packed[0], b = packed[1];
+        to[i] = (v_f32){numbers[a & 15], numbers[a >> 4], numbers[b & 15], numbers[b >> 4]};
+    }
+}
+
 /* 32 codes of FP8 (E4M3) as numbers divided by 256: moved to where float16 has its exponent and fraction, that is what
  * their bits mean. Those of NaN become 1.875 or its negative, and lanes of what is returned are not 0. */
 static inline v_i32 f32_from_e4m3(v_f32 to[32 / QZ_LANES], const uint8_t *codes) {
@@ -188,7 +199,7 @@ static inline v_f32 round_to_f16(v_f32 v) {
     return f32_from_f16(half);
 }
 
-/* A table of 16 entries, and what stands in it at each of QZ_BYTES codes below 16. */
+/* A table of 16 entries, and what stands in it at each of QZ_BYTES packed codes of up to 4 bits. */
 typedef struct v_table {
     uint16_t entries[16];
 } v_table;
@@ -197,8 +208,10 @@ static inline v_table load_table(const uint16_t *entries) {
     memcpy(table.entries, entries, sizeof table.entries);
     return table;
 }
-static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
+QZ_INLINE void look_up(v_bytes found[2], v_table table, const uint8_t *packed, int bits) {
+    uint8_t codes[QZ_BYTES];
     uint16_t each[QZ_BYTES];
+    unpack_bits_by_8(codes, packed, bits, QZ_BYTES);
     for (int i = 0; i < QZ_BYTES; i++) each[i] = table.entries[codes[i]];
     memcpy(found, each, sizeof each);
 }
@@ -225,6 +238,14 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     uint8_t plain[sizeof codes];
     memcpy(plain, &codes, sizeof codes);
     pack_bits(packed, plain, bits, sizeof codes);
+}
+
+/* The same bytes in the order that costs least, and how to store two such vectors of codes of 4 bits; what it may write
+ * after them is as above. */
+static inline v_bytes loose_bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) { return bytes_from_i32(a, b, c, d); }
+QZ_INLINE void store_loose_nibbles(uint8_t *packed, const v_bytes codes[2]) {
+    store_packed(packed, codes[0], 4);
+    store_packed(packed + QZ_BYTES / 2, codes[1], 4);
 }
 
 /* The KV cache. */

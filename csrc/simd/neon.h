@@ -222,6 +222,24 @@ static inline v_f32 fused_f32(v_f32 a, v_f32 b, v_f32 c) { return vfmaq_f32(c, a
 
 static inline int any_i32(v_i32 mask) { return vmaxvq_u32(vreinterpretq_u32_s32(mask)) != 0; }
 
+/* The upper bytes of the numbers, of bfloat16 as it were, are looked up. */
+static inline void f32_from_fp4(v_f32 to[8], const uint8_t *packed) {
+    const uint8x16_t low = {0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0, 0, 0, 0x80, 0xc0, 0, 0x40, 0x80, 0xc0};
+    const uint8x16_t high = {0,    0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40,
+                             0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
+    const uint8x16_t pairs = vld1q_u8(packed), even = vandq_u8(pairs, vdupq_n_u8(15)), odd = vshrq_n_u8(pairs, 4);
+    const uint8x16_t codes[2] = {vzip1q_u8(even, odd), vzip2q_u8(even, odd)};
+    for (int i = 0; i < 2; i++) {
+        const uint8x16_t lower = vqtbl1q_u8(low, codes[i]), upper = vqtbl1q_u8(high, codes[i]);
+        const uint16x8_t words[2] = {vreinterpretq_u16_u8(vzip1q_u8(lower, upper)),
+                                     vreinterpretq_u16_u8(vzip2q_u8(lower, upper))};
+        for (int j = 0; j < 2; j++) {
+            to[4 * i + 2 * j] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words[j]), 16));
+            to[4 * i + 2 * j + 1] = vreinterpretq_f32_u32(vshll_high_n_u16(words[j], 16));
+        }
+    }
+}
+
 static inline v_i32 f32_from_e4m3(v_f32 to[8], const uint8_t *codes) {
     const uint8x16_t largest = vdupq_n_u8(0x7f);
     uint8x16_t odd = vdupq_n_u8(0);
@@ -276,8 +294,8 @@ static inline v_f32 round_to_f16(v_f32 v) { return vcvt_f32_f16(vcvt_f16_f32(v))
 
 typedef uint8x16x2_t v_table;
 static inline v_table load_table(const uint16_t *entries) { return vld2q_u8((const uint8_t *)entries); }
-static inline void look_up(v_bytes found[2], v_table table, const uint8_t *codes) {
-    const uint8x16_t v = vld1q_u8(codes);
+QZ_INLINE void look_up(v_bytes found[2], v_table table, const uint8_t *packed, int bits) {
+    const uint8x16_t v = unpack_in_order(packed, bits, 16);
     const uint8x16_t low = vqtbl1q_u8(table.val[0], v), high = vqtbl1q_u8(table.val[1], v);
     found[0] = vzip1q_u8(low, high);
     found[1] = vzip2q_u8(low, high);
@@ -307,6 +325,12 @@ QZ_INLINE void store_packed(uint8_t *packed, v_bytes codes, int bits) {
     uint64x2_t high = vshlq_u64(vshrq_n_u64(eights, 32), vdupq_n_s64(4 * bits));
     eights = vorrq_u64(vandq_u64(eights, vdupq_n_u64(0xffffffff)), high);
     vst1q_u8(packed, vqtbl1q_u8(vreinterpretq_u8_u64(eights), order));
+}
+
+static inline v_bytes loose_bytes_from_i32(v_i32 a, v_i32 b, v_i32 c, v_i32 d) { return bytes_from_i32(a, b, c, d); }
+QZ_INLINE void store_loose_nibbles(uint8_t *packed, const v_bytes codes[2]) {
+    const uint8x16_t even = vuzp1q_u8(codes[0], codes[1]), odd = vuzp2q_u8(codes[0], codes[1]);
+    vst1q_u8(packed, vsliq_n_u8(even, odd, 4));
 }
 
 /* The KV cache. */

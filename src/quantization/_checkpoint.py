@@ -75,6 +75,20 @@ class Checkpoint(Mapping[str, QTensor]):
     -----
     Files are mapped into memory: nothing is read before it is asked for. MLX's layers are views of the file. A GGUF
     layer is moved over to MLX's layout at each look-up, so keep what you look up.
+
+    Examples
+    --------
+    >>> import numpy as np, quantization as q, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     up = q.QTensor.quantize(np.eye(64, dtype=np.float32), "mxfp4")
+    ...     q.save_mlx(folder, {"layers.0.up": up, "norm.weight": np.ones(64, np.float16)})
+    ...     model = q.open(folder)
+    >>> list(model), list(model.unquantized), model.unsupported
+    (['layers.0.up'], ['norm.weight'], ())
+    >>> np.ones(64, np.float32) @ model["layers.0.up"].T == 1
+    array([ True,  True,  True, ...,  True])
+    >>> model.metadata["quantization"]["mode"]
+    'mxfp4'
     """
 
     def __init__(
@@ -119,6 +133,22 @@ class Checkpoint(Mapping[str, QTensor]):
             If there is no such tensor that is quantized.
         ValueError
             If the library does not decode this type either.
+
+        Examples
+        --------
+        >>> import gguf, numpy as np, quantization as q, tempfile
+        >>> w, kind = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32), gguf.GGMLQuantizationType.Q8_0
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = gguf.GGUFWriter(f"{folder}/model.gguf", "llama")
+        ...     writer.add_tensor("up.weight", gguf.quantize(w, kind), raw_dtype=kind)
+        ...     writer.write_header_to_file()
+        ...     writer.write_kv_data_to_file()
+        ...     writer.write_tensors_to_file()
+        ...     writer.close()
+        ...     model = q.open(f"{folder}/model.gguf")
+        >>> model.decode("up.weight").round(2)[:, :4]
+        array([[-1.  , -0.97, -0.94, -0.91],
+               [ 0.02,  0.05,  0.08,  0.11]], dtype=float32)
         """
         return self._decoders[name]()
 

@@ -90,8 +90,8 @@ def device(name: str) -> contextlib.AbstractContextManager[None]:
 def isa(name: str) -> contextlib.AbstractContextManager[None]:
     """Run the calls inside a ``with`` block with the CPU kernels of one instruction set.
 
-    Results are the same bits for every instruction set; this is for tests and measurements. The environment variable
-    ``QUANTIZATION_ISA`` does the same for a whole process.
+    Results are the same bits for every instruction set, but for products with ``accumulate="float"``; this is for tests
+    and measurements. The environment variable ``QUANTIZATION_ISA`` does the same for a whole process.
 
     Parameters
     ----------

@@ -96,12 +96,21 @@ def as_format(spec: Any) -> Format:
         if f.mode == mode and (bits is None or f.bits == int(bits)) and (group is None or f.group_size == int(group))
     ]
     if not fits:
-        raise ValueError(f"formats: unknown format {spec!r}; there are {_list_formats(known_formats())}")
+        raise ValueError(f"formats: unknown format {_spelled(spec)}; there are {_list_formats(known_formats())}")
     return min(fits, key=lambda f: (f.bits != DEFAULT_FORMAT[1], f.group_size != DEFAULT_FORMAT[2]))
 
 
+def _spelled(spec: str | tuple[Any, ...]) -> str:
+    """Spell what was asked for: a name as it is, of a tuple 'affine 9-bit g64' or what of that it has."""
+    if isinstance(spec, str):
+        return repr(spec)
+    return " ".join(
+        form.format(part) for form, part in zip(("{}", "{}-bit", "g{}"), spec, strict=False) if part is not None
+    )
+
+
 def _list_formats(formats: Sequence[Format]) -> str:
-    """List formats, a mode at a time: 'affine (bits 2, 3, …; group sizes 32, 64, 128), mxfp4'."""
+    """List formats, a mode at a time: 'affine (bits 1, 2, …; group sizes 32, 64, 128), mxfp4'."""
     texts = []
     for mode in dict.fromkeys(f.mode for f in formats):
         of_mode = [f for f in formats if f.mode == mode]

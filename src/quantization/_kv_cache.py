@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import _kv_file
+from ._errors import names_itself
 from ._kv_attention import kv_attention
 from ._kv_codec import quantize_kv
 from ._kv_store import Store
@@ -200,6 +202,7 @@ class KVCache:
         """Stored bits per element of keys and values, norms included."""
         return 8 * self.nbytes / (self.heads * self.capacity * (self.head_dim + self.value_dim))
 
+    @names_itself("KVCache.append")
     def append(self, k: Any, v: Any) -> None:
         """Add the keys and values of one token or several.
 
@@ -247,7 +250,8 @@ class KVCache:
                 encoded.append(store.encode(tensor[:, tokens - kept :]))
             except (TypeError, ValueError) as error:
                 kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"KVCache.append: {name}: {error}") from error
+                # "quantize_kv: x has dtype ...", in the words of this function
+                raise kind(re.sub(r"^\w+: (?:x|src)\b", name, str(error))) from error
         total, length = self._extent
         # What is about to be overwritten is given up first: an interrupt then leaves less, but nothing wrong.
         self._extent = (total, min(length, self.capacity - kept))
@@ -267,6 +271,7 @@ class KVCache:
             )
         return (tensor, shape[1]) if len(shape) == 3 else (tensor[:, None], 1)
 
+    @names_itself("KVCache.attend")
     def attend(
         self,
         q: Any,
@@ -379,7 +384,17 @@ class KVCache:
         return k, v
 
     def reset(self) -> None:
-        """Forget all positions; the memory stays."""
+        """Forget all positions; the memory stays.
+
+        Examples
+        --------
+        >>> import numpy as np, quantization as q
+        >>> cache = q.KVCache(2, 16, 64)
+        >>> cache.append(np.ones((2, 5, 64), np.float32), np.ones((2, 5, 64), np.float32))
+        >>> cache.reset()
+        >>> cache.length, cache.total, cache.nbytes
+        (0, 0, 2176)
+        """
         self._extent = (0, 0)
 
     def trim(self, n: int) -> None:
@@ -487,6 +502,17 @@ class KVCache:
             If the file is of another kind, damaged, or of a later version; the message says what is wrong.
         OSError
             If it cannot be read.
+
+        Examples
+        --------
+        >>> import numpy as np, quantization as q, tempfile
+        >>> cache = q.KVCache(2, 16, 64)
+        >>> cache.append(np.ones((2, 5, 64), np.float32), np.ones((2, 5, 64), np.float32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache.save(f"{folder}/cache.npz")
+        ...     again = q.KVCache.load(f"{folder}/cache.npz")
+        >>> np.array_equal(again.keys[0], cache.keys[0]), again.length, again.capacity
+        (True, 5, 16)
         """
         settings, arrays = _kv_file.read(Path(path))
         cache = cls.__new__(cls)

@@ -71,6 +71,22 @@ def _take_wrt(op: str, wrt: tuple[str, ...], mode: str) -> tuple[str, ...]:
     return names
 
 
+def _take_operands(
+    op: str,
+    x: Any,
+    stored: tuple[Any, Any, Any],
+    transpose: bool,
+    form: tuple[int | None, int | None, str],
+    wrt: tuple[str, ...],
+) -> tuple[tuple[str, ...], np.ndarray, rules.Weights, bool]:
+    """Check what was multiplied: gradients asked for, x, weights and whether they were transposed."""
+    transposed = rules.take_flag(op, "transpose", transpose)
+    taken = rules.take_format(op, *form)
+    names = _take_wrt(op, wrt, form[2])
+    weights = rules.take_weights(op, *stored, taken)
+    return names, rules.take_floats(op, "x", x), weights, transposed
+
+
 def _take_cotangent(
     op: str, cotangent: Any, batch: tuple[int, ...], rows: tuple[int, ...], features: int
 ) -> np.ndarray:
@@ -217,11 +233,9 @@ def quantized_matmul_vjp(
     (array([1., 2., 3.], dtype=float32), array([ 64., 128., 192.], dtype=float32))
     """
     op = "quantized_matmul_vjp"
-    transpose = rules.take_flag(op, "transpose", transpose)
-    form = rules.take_format(op, group_size, bits, mode)
-    names = _take_wrt(op, wrt, mode)
-    weights = rules.take_weights(op, w, scales, biases, form)
-    array = rules.take_floats(op, "x", x)
+    names, array, weights, transpose = _take_operands(
+        op, x, (w, scales, biases), transpose, (group_size, bits, mode), wrt
+    )
     features = rules.output_features(op, array, weights, transpose)
     matrix = array if array.ndim > 1 else array[np.newaxis]
     batch = _broadcast(op, "batch dimensions of x and w,", matrix.shape[:-2], weights.batch)
@@ -302,11 +316,9 @@ def gather_qmm_vjp(
     op = "gather_qmm_vjp"
     if lhs_indices is None and rhs_indices is None and global_scale is None:
         return quantized_matmul_vjp(cotangent, x, w, scales, biases, transpose, group_size, bits, mode, wrt=wrt)
-    transpose = rules.take_flag(op, "transpose", transpose)
-    form = rules.take_format(op, group_size, bits, mode)
-    names = _take_wrt(op, wrt, mode)
-    weights = rules.take_weights(op, w, scales, biases, form)
-    array = rules.take_floats(op, "x", x)
+    names, array, weights, transpose = _take_operands(
+        op, x, (w, scales, biases), transpose, (group_size, bits, mode), wrt
+    )
     if array.ndim < 2 or (lhs_indices is None and rhs_indices is None):
         raise ValueError(f"{op}: x must have at least 2 dimensions, and global_scale needs indices")
     features = rules.output_features(op, array, weights, transpose)

@@ -16,7 +16,7 @@ _package = importlib.import_module(__package__)
 # Group sizes and widths of each mode as MLX has them, its defaults first. What else this package can store is no
 # business of MLX's functions.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "affine": ((64, 32, 128), (4, 1, 2, 3, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
     "mxfp8": ((32,), (8,)),
     "nvfp4": ((16,), (4,)),

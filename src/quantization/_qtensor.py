@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -120,6 +120,22 @@ class QTensor:
         Returns
         -------
         QTensor
+
+        Raises
+        ------
+        TypeError
+            If w is no array of floats, or an option is none of the mode's.
+        ValueError
+            If no such format exists, or it does not divide w's last axis and `pad` is not True.
+
+        Examples
+        --------
+        >>> import numpy as np, quantization as q
+        >>> w = np.linspace(-1, 1, 200, dtype=np.float32).reshape(2, 100)
+        >>> q.QTensor.quantize(w, bits=8, group_size=32, pad=True)
+        QTensor(2x100, affine 8 g32, float32 scales, rows padded to 128, 12.80 bits/weight, 320 bytes)
+        >>> q.QTensor.quantize(w[:, :96], "nvfp4", global_scale=1.0)
+        QTensor(2x96, nvfp4, global scale 1, 4.67 bits/weight, 112 bytes)
         """
         target = as_format((mode, bits, group_size))
         parts = target.call("quantize", w, **options)
@@ -198,6 +214,21 @@ class QTensor:
         Returns
         -------
         numpy.ndarray
+            Of `shape`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `dtype` is none of float32, float16 and bfloat16.
+        ImportError
+            If it is bfloat16 and ml_dtypes has not been imported.
+
+        Examples
+        --------
+        >>> import numpy as np, quantization as q
+        >>> t = q.QTensor.quantize(np.linspace(-1, 1, 64, dtype=np.float32)[None], bits=8)
+        >>> t.dequantize("float16")[0, :3]
+        array([-1.    , -0.9683, -0.937 ], dtype=float16)
         """
         decoded: np.ndarray = self._call("dequantize", dtype=dtype, k=None if self.k == self.stored_k else self.k)
         return decoded
@@ -213,6 +244,9 @@ class QTensor:
     @names_itself("QTensor")
     def __rmatmul__(self, x: Any) -> Any:
         return self._call("qmm_n", x, output_features=self.k)
+
+    def __matmul__(self, x: Any) -> NoReturn:
+        _refuse_the_left()
 
     @names_itself("QTensor")
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -262,12 +296,22 @@ class _Transposed:
             raise ValueError(f"x.shape[-1] must be {self.T.k}, the length of the matrix's rows, got {length[0]}")
         return self.T._call("qmm_t", x)
 
+    def __matmul__(self, x: Any) -> NoReturn:
+        _refuse_the_left()
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         decoded = self.T.__array__(dtype, copy)
         return decoded.swapaxes(-1, -2) if decoded.ndim > 1 else decoded
 
     def __repr__(self) -> str:
         return f"{self.T!r}.T"
+
+
+def _refuse_the_left() -> NoReturn:
+    raise TypeError(
+        "QTensor: a quantized matrix t stands on the right: x @ t.T or x @ t; on the left it has to be decoded: "
+        "np.asarray(t) @ x"
+    )
 
 
 def _take_scales(mode: str, scales: np.ndarray) -> np.ndarray:

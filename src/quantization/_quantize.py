@@ -114,8 +114,9 @@ def affine_quantize(
         The weights; any strides. K must be a multiple of `group_size` unless `pad` is true. float64 is computed as
         float32.
     group_size : {32, 64, 128}, default 64
-    bits : {2, 3, 4, 5, 6, 7, 8}, default 4
-        7 is not a width of MLX's; packed alike.
+    bits : {1, 2, 3, 4, 5, 6, 7, 8}, default 4
+        7 is not a width of MLX's; packed alike. The two codes of 1 bit stand for the ends of a group's range, so that
+        0 is exact only where it is one of them.
     profile : {"metal", "cpu"}, default "metal"
         Which of MLX's two algorithms to follow. "cpu" rounds ties to even and equals MLX's CPU backend byte for byte.
         "metal" rounds ties away from zero and spreads an all-negative group over [min, 0], as MLX does on GPUs.
@@ -147,8 +148,8 @@ def affine_quantize(
     Notes
     -----
     NaN is ignored when the range of a group is taken, and gets code 0. A group with an infinity, or of NaN alone, gets
-    scale NaN and codes 0. Algorithm: MLX 0.32, ``mlx/backend/cpu/quantized.cpp`` and
-    ``mlx/backend/metal/kernels/quantized.h``.
+    scale NaN (at 1 bit, a scale or a bias that is not finite) and codes 0. Algorithm: MLX 0.32,
+    ``mlx/backend/cpu/quantized.cpp`` and ``mlx/backend/metal/kernels/quantized.h``.
 
     Examples
     --------

@@ -105,6 +105,14 @@ class Report:
         One row per tensor and format, lowest signal-to-noise ratio first.
     skipped : tuple of Skipped
         Every tensor that was left out, with its reason.
+
+    Examples
+    --------
+    >>> import numpy as np, quantization as q
+    >>> found = q.report({"up": np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64)}, "affine_4")
+    >>> (row,) = found.rows
+    >>> row.name, row.format, row.shape, row.bits_per_weight
+    ('up', 'affine 4 g64', (64, 64), 5.0)
     """
 
     def __init__(self, rows: Iterable[Row], skipped: Iterable[Skipped]) -> None:
@@ -112,7 +120,20 @@ class Report:
         self.skipped = tuple(skipped)
 
     def totals(self) -> dict[str, Row]:
-        """Per format, all its tensors taken as one: a Row named ``"total"`` whose shape is the number of weights."""
+        """Take all tensors of a format as one.
+
+        Returns
+        -------
+        dict of str to Row
+            By format: a row named ``"total"``, whose shape is the number of weights.
+
+        Examples
+        --------
+        >>> import numpy as np, quantization as q
+        >>> weights = {name: np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64) for name in ("up", "down")}
+        >>> {name: (total.shape, total.nbytes) for name, total in q.report(weights, "affine_4").totals().items()}
+        {'affine 4 g64': ((8192,), 5120)}
+        """
         totals = {}
         for name in dict.fromkeys(row.format for row in self.rows):
             rows = [row for row in self.rows if row.format == name]
@@ -166,6 +187,15 @@ class Report:
             Without matplotlib (extra ``plot``).
         ValueError
             If there is nothing to draw, or matplotlib cannot write this kind of file.
+
+        Examples
+        --------
+        >>> import numpy as np, os, quantization as q, tempfile
+        >>> weights = {"up": np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64)}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     q.report(weights, ["affine_8", "affine_4"]).plot(f"{folder}/snr.svg")
+        ...     os.listdir(folder)
+        ['snr.svg']
         """
         figure_class = require("matplotlib.figure", "plot").Figure
         if not self.rows:

@@ -11,7 +11,8 @@ The differences:
   ``torch.from_numpy(y.view("int16")).view(torch.bfloat16)``. There is no ``stream``.
 - Sums are exact integers within blocks, whatever the type of x: see `quantization.affine_qmm_t`. MLX's CPU backend
   sums in that type.
-- All matrices of a batched w count. MLX takes the first one where x has no batch.
+- All matrices of a batched w count. MLX takes the first one where x has no batch: of a w of shape (1, N, K) the result
+  here has a batch of 1, and MLX's has none.
 - Global scales count in every operation, `qqmm` takes any number of rows, and `gather_qqmm` exists: MLX's CPU backend
   ignores or refuses the first and lacks the others.
 - Indices out of range are an IndexError. MLX reads outside of the array.
@@ -78,8 +79,8 @@ def quantize(
     w : array of float32, float16, bfloat16 or float64, shape (..., N, K)
         K must be a multiple of the group size.
     group_size, bits : int, optional
-        In mode "affine" one of 32, 64 (default), 128, and one of 2, 3, 4 (default), 5, 6, 8. The other modes have one
-        choice: 32 and 4 ("mxfp4"), 32 and 8 ("mxfp8"), 16 and 4 ("nvfp4").
+        In mode "affine" one of 32, 64 (default), 128, and one of 1, 2, 3, 4 (default), 5, 6, 8. The other modes have
+        one choice: 32 and 4 ("mxfp4"), 32 and 8 ("mxfp8"), 16 and 4 ("nvfp4").
     mode : {"affine", "mxfp4", "mxfp8", "nvfp4"}
     global_scale : array of float32 with one element, or float, optional
         Mode "nvfp4": by convention the largest magnitude of w.

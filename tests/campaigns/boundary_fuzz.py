@@ -120,7 +120,7 @@ class Random(random.Random):
 
 
 def quantize_call(r):
-    group, bits = r.choice([32, 64, 128]), r.choice([2, 3, 4, 5, 6, 8])
+    group, bits = r.choice([32, 64, 128]), r.choice([1, 2, 3, 4, 5, 6, 8])
     shape = r.shape(group * r.choice([0, 1, 1, 2, 5]))
     lacking = r.choice([0, 0, 5]) if shape[-1] else 0  # which padding makes up for
     w = r.floats(*shape[:-1], shape[-1] - lacking)
@@ -141,7 +141,7 @@ def quantize_call(r):
 
 
 def dequantize_call(r):
-    group, bits = r.choice([32, 64, 128]), r.choice([2, 3, 4, 5, 6, 8])
+    group, bits = r.choice([32, 64, 128]), r.choice([1, 2, 3, 4, 5, 6, 8])
     shape = r.shape(group * r.choice([0, 1, 1, 2, 5]))
     stored = r.stored(*shape[:-1], columns=shape[-1], bits=bits, group=group)
     dtype = r.choice([None, None, "float32", "float16", "bfloat16"])
@@ -156,7 +156,7 @@ def dequantize_call(r):
 
 def matmul_call(r):
     op = r.choice(["affine_qmm_t", "affine_qmm_n", "affine_qmv", "affine_qvm"])
-    group, bits = r.choice([32, 64, 128]), r.choice([2, 3, 4, 5, 6, 8])
+    group, bits = r.choice([32, 64, 128]), r.choice([1, 2, 3, 4, 5, 6, 8])
     columns, rows, m = group * r.choice([0, 1, 1, 2, 3]), r.choice([0, 1, 3, 16, 17, 40]), r.choice([0, 1, 1, 2, 9])
     transpose = op in ("affine_qmm_t", "affine_qmv")
     k, n = (columns, rows) if transpose else (rows, columns)
@@ -175,7 +175,7 @@ def matmul_call(r):
 def gather_call(r):
     """Indices are in range as a rule, of any integer type."""
     of_rows = r.random() < 0.4
-    group, bits = r.choice([32, 64, 128]), r.choice([2, 3, 4, 5, 6, 8])
+    group, bits = r.choice([32, 64, 128]), r.choice([1, 2, 3, 4, 5, 6, 8])
     columns, rows, m = group * r.choice([0, 1, 1, 2, 3]), r.choice([0, 1, 3, 17, 40]), r.choice([0, 1, 1, 2, 9])
     transpose = r.random() < 0.5
     k, n = (columns, rows) if transpose else (rows, columns)

@@ -23,7 +23,7 @@ import reference_fp
 from campaigns.rounds import MismatchError, go_on
 
 KINDS = ("float32", "float16", "bfloat16")
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 FP_MODES = ("mxfp4", "mxfp8", "nvfp4")
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import quantization
 from campaigns.rounds import MismatchError, available_isas, go_on
 
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 PROFILES = ("metal", "cpu")
 F32 = np.float32
@@ -71,11 +71,13 @@ def hard_groups(bits, pairs):
 
     With hi = S*j, j = 2^(bits-1), and lo = hi - (2^bits-1)*S, which is above -hi, s0 is S and hi/s0 is j but for its
     rounding; the bias is hi and the scale hi/-j. The element is hi - V, if that is a float. Everything else is 0.
+    With 1 bit, the scale is S and the bias lo, which is 0, so that the element is V.
     """
     groups = []
     for v, s, e, k in pairs:
-        hi, w = s * 2.0 ** (bits - 1), s * 2.0 ** (bits - 1) - v * 2.0**e
+        hi = s * 2.0 ** (bits - 1)
         lo = hi - (2**bits - 1) * s
+        w = hi - v * 2.0**e if bits > 1 else v * 2.0**e
         if k < 2**bits and lo <= w <= hi and float(F32(w)) == w:
             groups.append([hi, F32(lo), w] + [0.0] * 29)
     return np.array(groups, F32).reshape(-1, 32)

@@ -28,6 +28,8 @@ GROUPS = (1, 8)
 """Heads of queries for each head of the cache."""
 
 BITS = 4
+ACCURACY = {"float32": "exact f32", "float16": "float16 cache"}
+"""The accuracy class of others, by the type of their keys and values."""
 
 
 class Caches:
@@ -144,6 +146,7 @@ PEERS: tuple[tuple[str, str, Any], ...] = (
     ("torch", "float32", _torch),
     ("torch", "float16", _torch),
 )
+"""Library, type of its keys and values, and what prepares its attention."""
 
 _caches = functools.lru_cache(maxsize=1)(Caches)
 
@@ -181,7 +184,7 @@ def _row(row: Row, take_it: Callable[[], tuple[Measurement, float, int]]) -> Row
         found["memory"] = f"{nbytes / 1e6:.1f} MB"
         return result
 
-    return dataclasses.replace(row.measured(measurement), **found)
+    return dataclasses.replace(row.measured(measurement), by_alike=math.nan, **found)
 
 
 def rows(options: Any, effort: Effort) -> Iterator[Row]:
@@ -191,13 +194,12 @@ def rows(options: Any, effort: Effort) -> Iterator[Row]:
         peer for peer in PEERS if options.peers is None or any(w.lower() in peer[0].lower() for w in options.peers)
     ]
     for threads, positions, group in itertools.product(options.threads, lengths, GROUPS):
-        row = Row("attention", "quantization", "kv_attention", "exact f32", options.isa, threads,
+        row = Row("attention", "quantization", "kv_attention", f"{BITS}-bit cache", options.isa, threads,
                   f"{HEADS}x{positions}x{DIMENSION}", BITS, group)  # fmt: skip
         yield _row(row, functools.partial(take, positions, group, options.isa, threads, effort))
         for peer in names:
             name, dtype, _ = peer
-            other = dataclasses.replace(
-                row, implementation=name, what=f"softmax(q kT) v, {dtype} cache", isa="", bits=0
-            )
+            what, accuracy = f"softmax(q kT) v, {dtype} cache", ACCURACY[dtype]
+            other = dataclasses.replace(row, implementation=name, what=what, accuracy=accuracy, isa="", bits=0)
             arguments = (peer, positions, group, options.isa, threads, effort)
             yield _row(other, functools.partial(take_peer, *arguments))

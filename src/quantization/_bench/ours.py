@@ -199,7 +199,7 @@ def encoding_kv(vectors: int) -> Elementwise:
     kernel = q.QuantizeKv()
     run = repeat(lambda: kernel(x, out=out))
     nbytes = x.nbytes + out[0].nbytes + out[1].nbytes
-    return Elementwise("quantize_kv", f"{vectors:,} x 128 floats", "exact f32", "copy", Work(run, nbytes), nbytes)
+    return Elementwise("quantize_kv", f"{vectors:,} x 128 floats", "4-bit cache", "copy", Work(run, nbytes), nbytes)
 
 
 def tiny_call(dtype: str) -> Callable[[], Any]:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from .. import _text, get_num_threads
 from .._extras import require
+from .._formats import known_formats
 from . import attention, ceilings, elementwise, figures, formats, gather, machine, matmuls, plot, summary
 from . import shapes as known
 from .gates import GATES, VERDICTS, Gate
@@ -33,14 +34,17 @@ FORMATS_TITLE = "every format"
 LEGEND = """\
 accuracy class: exact f32 = float32 x, sums at least as exact as float32's; exact, bfloat16 x = only x and y have 16
 bits; bf16 = that or coarser sums; int8 activations = x rounded to 8 bits. A library that could round x on this CPU
-but by its error does not is among exact f32.
+but by its error does not is among exact f32. attention: 4-bit cache, float16 cache = keys and values rounded to that
+(torch's queries and results to float16 too), products and sums no coarser; exact f32 = all float32.
 rate: GB/s of codes, scales and biases at M <= 2, else GFLOP/s (2MNK); others' too, whatever their own format holds.
-attention: GB/s of packed bytes for one query to a head, else GFLOP/s of two products; weights: bytes of the cache.
+attention: GB/s of packed bytes for one query to a head, else GFLOP/s of two products; weights: bytes of the cache;
+by ours exact: their time by that of ours, which reads 4 bits; error: against float64 attention to what was packed.
 ceiling: measured directly after each sample with the same threads: read = reading the same bytes, fma = float32 FMA
 peak, stream = non-temporal copy, copy = memcpy (both read + written). by ceiling: median ± half the quartiles' range.
 by ours exact, by ours alike: the time by that of our float32 product, and of ours in the same accuracy class (bf16:
 bfloat16 x), sampled in turn: above 1, ours is faster. error: |y - y64| / |y64|, y64 from the same stored weights.
 cold: copies of the weights that no cache holds, in turn; hot: one copy; disturbed: threads had to wait for a CPU."""
+AFFINE_WIDTHS = {form.bits for form in known_formats() if form.mode == "affine"}
 MINUTES = 3.5
 """How long the tables may take, but for `--full` or as `--minutes` says."""
 
@@ -190,6 +194,9 @@ def _matrices(arguments: argparse.Namespace) -> tuple[tuple[known.Shape, Stored]
     asked = parse_formats(arguments.formats) if arguments.formats else tuple(arguments.bits or ())
     if arguments.formats and arguments.bits:
         raise ValueError("bench: --bits 4 is --formats affine_4: give one of them")
+    if unknown := sorted(set(arguments.bits or ()) - AFFINE_WIDTHS):
+        widths = ", ".join(map(str, sorted(AFFINE_WIDTHS)))
+        raise ValueError(f"bench: there are no affine codes of {unknown[0]} bits, but of {widths}")
     stored = asked or (EVERY if arguments.full else (4,))
     if arguments.full and not arguments.shapes and not asked:
         first, *others = known.parse(",".join(known.MODELS))

@@ -36,7 +36,7 @@ class Format(NamedTuple):
 _ROWS = {row["name"]: row for row in _C.formats()}
 SMALL_FLOATS: tuple[str, ...] = tuple(name for name, row in _ROWS.items() if row["family"] == "fp")
 WIDTHS = (2, 3, 4, 5, 6, 8)
-"""Of affine codes, as MLX has them."""
+"""Of affine codes that the tables compare: MLX's, but for 1 bit, which only weights trained for it bear."""
 EVERY: tuple[Stored, ...] = (*WIDTHS, *SMALL_FLOATS)
 
 

@@ -147,8 +147,11 @@ def rank_correlation(embedding: np.ndarray, reference: np.ndarray) -> float:
 
 
 def default_formats() -> list[Format]:
-    """Every width at its usual group size, and 4 bits, where the choice matters most, at each; wide ones first."""
-    known = [f for f in known_formats() if f.is_mlx]
+    """Every width at its usual group size, and 4 bits, where the choice matters most, at each; wide ones first.
+
+    1 bit is left out: only weights that were trained for it bear it.
+    """
+    known = [f for f in known_formats() if f.is_mlx and f.bits > 1]
     chosen = [f for f in known if not f.sized or f.group_size == COMPARED_GROUP or f.bits == COMPARED_BITS]
     modes = list(dict.fromkeys(f.mode for f in known))
     return sorted(chosen, key=lambda f: (modes.index(f.mode), -f.bits, f.group_size))
