@@ -44,6 +44,11 @@ install_missing() {
 # need_packages NAME...: Debian packages; those that are there stay as they are.
 need_packages() { exclusively apt install_missing "$@"; }
 
+# Gates compile the same sources with the same flags, each in a tree of its own: whoever comes second takes the first
+# one's objects. A file is known by its preprocessed text and flags, and not by the folder it lies in.
+need_packages ccache
+export PATH=/usr/lib/ccache:$PATH CCACHE_DIR=$cache/ccache CCACHE_NOHASHDIR=1 CCACHE_MAXSIZE=1G
+
 # Debian's Python comes without the means to make environments; others have them.
 python3 -c 'import ensurepip' 2>/dev/null || need_packages python3-venv
 
@@ -101,8 +106,9 @@ kernel_tests=(tests/test_quantize.py tests/test_quantize_fp.py tests/test_matmul
     tests/test_kv_codec.py tests/test_kv_attention.py)
 
 # build PYTHON [setup.py arguments]: the extension, in place, in the current directory, whose package then is the one used.
+# Where a gate names no flags of its own they are the same for all, so that objects are.
 build() {
-    "$1" setup.py -q build_ext --inplace --force "${@:2}" >build.log 2>&1 || { cat build.log && fail "build"; }
+    CC=${CC-gcc} CFLAGS=${CFLAGS--Wall -Wextra -Werror} "$1" setup.py -q build_ext --inplace --force "${@:2}" >build.log 2>&1 || { cat build.log && fail "build"; }
     export PYTHONPATH=$PWD/src
 }
 

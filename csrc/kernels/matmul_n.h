@@ -10,9 +10,10 @@ typedef struct group_n {
     float scales[QZ_MAX_BLOCK], biases[QZ_MAX_BLOCK], centred[QZ_MAX_BLOCK]; /* centred: b + c s */
 } group_n;
 
-/* The codes of a block of k for some groups of outputs. Unpacking writes whole vectors. */
 /* Bytes from row to row of a panel: a tile may begin at the last group of 16 outputs and takes 32. */
 enum { QZ_PITCH_N = 4 * (QZ_MAX_GROUP + 16) };
+
+/* The codes of a block of k for some groups of outputs. Unpacking writes whole vectors. */
 typedef struct panel_n {
     _Alignas(64) uint8_t quads[QZ_MAX_BLOCK / 4][QZ_PITCH_N];
 #if QZ_PAIRS

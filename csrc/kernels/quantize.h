@@ -269,7 +269,8 @@ QZ_INLINE void encode_batch(const affine_batch *b, const qz_quantize_job *job, i
     }
 }
 
-/* The sign of a zero that is a group's lo, and with 1 bit its bias, is the first zero's: vectors find either. */
+/* The sign of a zero that is a group's lo, and with 1 bit its bias, is the first zero's: vectors find either. A bias of
+ * zero is one of the group's own elements, so that there is one to be found. */
 QZ_INLINE void take_signs_of_zeros(affine_batch *b, ptrdiff_t size) {
     for (ptrdiff_t g = 0; g < b->groups; g++) {
         const float *w = b->w + g * size;
