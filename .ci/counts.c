@@ -1,6 +1,7 @@
 /* What callgrind counts for .ci/counts.py: counts ISA calls each kernel at two sizes and has callgrind dump the
- * instructions of each call under "KERNEL UNITS". A unit is 64 products of matmul, or 64 elements. The difference of
- * the two sizes leaves out what a call costs whatever its size. */
+ * instructions of each call under "KERNEL UNITS". A unit is 64 products of matmul or attention, or 64 elements. The
+ * difference of the two sizes leaves out what a call costs whatever its size. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -283,6 +284,56 @@ static void count_kv(int bits) {
     }
 }
 
+/* Packed keys and values of 128 elements, times the rows of m queries. What codes stand for changes no count: any bytes
+ * and floats do for the tables of it. */
+static void count_attention(const char *codec, int bits, int is_bfloat16, ptrdiff_t m) {
+    const qz_attention_kernels *attention = &kernels->kv->attention;
+    const qz_kv_rows queries = {values, 128, m}, accumulators = {results, 128, m};
+    char name[32];
+    for (ptrdiff_t positions = QZ_ATTENTION_TILE / 2; positions <= QZ_ATTENTION_TILE; positions *= 2) {
+        const qz_kv_block block = {.codes = codes,
+                                   .stride = 128 * bits / 8,
+                                   .positions = positions,
+                                   .length = 128,
+                                   .bits = bits,
+                                   .in_bytes = bits == 8,
+                                   .is_bfloat16 = is_bfloat16,
+                                   .centroids = values,
+                                   .planes = codes,
+                                   .scales = scales};
+        snprintf(name, sizeof name, "kv_score_%s_m_%td", codec, m);
+        CALLGRIND_ZERO_STATS;
+        attention->score(&block, &queries, results);
+        dump(name, positions * 2 * m);
+        snprintf(name, sizeof name, "kv_weigh_%s_m_%td", codec, m);
+        CALLGRIND_ZERO_STATS;
+        attention->weigh(&block, &accumulators, values);
+        dump(name, positions * 2 * m);
+    }
+}
+
+/* What stands between scores and values. A tile is one unit and has one size, so calls make the two sizes. */
+static void count_softmax(void) {
+    const qz_attention_kernels *attention = &kernels->kv->attention;
+    for (ptrdiff_t tiles = 16; tiles <= 32; tiles *= 2) {
+        qz_softmax softmax = {-INFINITY, 0, 1};
+        const ptrdiff_t count = tiles * QZ_ATTENTION_TILE;
+        memcpy(results, values, (size_t)count * sizeof *results);
+        CALLGRIND_ZERO_STATS;
+        for (ptrdiff_t i = 0; i < tiles; i++) attention->cap(results + i * QZ_ATTENTION_TILE, 1);
+        dump("kv_cap", tiles);
+        CALLGRIND_ZERO_STATS;
+        for (ptrdiff_t i = 0; i < tiles; i++) attention->soften(results + i * QZ_ATTENTION_TILE, &softmax);
+        dump("kv_soften", tiles);
+        CALLGRIND_ZERO_STATS;
+        attention->rescale(results, count, 0.5f);
+        dump("kv_rescale", tiles);
+        CALLGRIND_ZERO_STATS;
+        attention->merge(&softmax, results, &softmax, values, count);
+        dump("kv_merge", tiles);
+    }
+}
+
 static void count_elementwise(void) {
     for (ptrdiff_t count = 1024; count <= 2048; count *= 2) {
         CALLGRIND_ZERO_STATS;
@@ -325,5 +376,11 @@ int main(int arguments, char **argument) {
     }
     count_elementwise();
     for (int bits = 4; bits <= 8; bits += 4) count_kv(bits);
+    for (ptrdiff_t m = 1; m <= 8; m *= 8) {
+        count_attention("4", 4, 1, m);
+        count_attention("4_codec_1", 4, 0, m); /* whose values are no bfloat16 */
+        count_attention("8", 8, 0, m);
+    }
+    count_softmax();
     return 0;
 }

@@ -1,8 +1,8 @@
 """Instructions that kernels take, beside the table in counts.txt: counts.py OBJECTS WORK [--update].
 
-OBJECTS holds avx512.o, and the program `counts` linked from counts.c with the other units; WORK takes what callgrind
-writes. Rows say: instruction set, kernel, and either instructions for 64 products (or 64 elements), counted by
-callgrind, or, for avx512, which callgrind does not know, instructions of the kernel's hot loop.
+OBJECTS holds avx512.o, avx512_kv.o, and the program `counts` linked from counts.c with the other units; WORK takes what
+callgrind writes. Rows say: instruction set, kernel, and either instructions for 64 products (or 64 elements), counted
+by callgrind, or, for avx512, which callgrind does not know, instructions of the kernel's hot loop.
 """
 
 import pathlib
@@ -17,6 +17,8 @@ TABLE = pathlib.Path(__file__).with_name("counts.txt")
 MARGIN = 0.03
 
 # Each kernel of avx512 by its function, and a word of the instructions that its hot loop has more of than other loops.
+# Attention's loops for all widths are in one function: rows of 4 bits show the longest of those of 2 to 4, and rows of
+# several queries the longest of all.
 LOOPS = {
     **{
         f"matmul_t_{bits}_digits_{digits}": (f"decode_multiply_affine_{bits}_1_{digits}", "vpdpbusd")
@@ -32,6 +34,22 @@ LOOPS = {
     "dequantize_4": ("dequantize_affine_4", "zmm"),
     "fake_quantize": ("fake_quantize", "zmm"),
     "load_f16": ("load", "vcvtph2ps"),
+    "float_t_4_m_1": ("float_decode_t_affine_4", "vcvtdq2ps"),
+    "float_t_4_m_4": ("float_decode_t_affine_4", "vfmadd231ps"),
+    "float_t_4_panel": ("float_prefill_t_affine_4", "vpermps"),
+    "float_n_4_panel": ("float_n_affine_4", "vcvtdq2ps"),
+    "float_tile": ("multiply_rows.constprop.0", "vfmadd231ps"),
+    **{
+        f"kv_{name}_{row}": (name, word)
+        for name in ("score", "weigh")
+        for row, word in (("4_m_1", "vpermps"), ("8_m_1", "vgatherdps"), ("m_8", "vfmadd231ps"))
+    },
+    "kv_encode_4": ("encode_blocks", "vpermps"),
+    "kv_encode_8": ("encode_blocks", "vgatherdps"),
+    "kv_encode_rotation": ("encode_blocks", "vshuff32x4"),
+    "kv_decode_rotation": ("decode", "vshuff32x4"),
+    "kv_rescale": ("rescale", "zmm"),
+    "kv_merge": ("merge", "zmm"),
 }
 
 
@@ -66,9 +84,9 @@ def hot_loop(lines: list[tuple[int, str]], word: str) -> int:
     return max((sum(word in text for text in body), len(body)) for body in bodies)[1]
 
 
-def looped(unit: pathlib.Path) -> dict[tuple[str, str], float]:
+def looped(units: list[pathlib.Path]) -> dict[tuple[str, str], float]:
     """The rows of avx512, from a disassembly."""
-    command = ["objdump", "--disassemble", "--no-show-raw-insn", unit]
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", *units]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     functions: dict[str, list[tuple[int, str]]] = {}
     lines: list[tuple[int, str]] = []
@@ -77,9 +95,11 @@ def looped(unit: pathlib.Path) -> dict[tuple[str, str], float]:
             lines = functions.setdefault(head[1], [])
         elif body := re.match(r"\s+([0-9a-f]+):\s+(\S.*)$", line):
             lines.append((int(body[1], 16), body[2]))
-    return {
-        ("avx512", kernel): float(hot_loop(functions[f"{name}_avx512"], word)) for kernel, (name, word) in LOOPS.items()
-    }
+    rows = {}
+    for kernel, (name, word) in LOOPS.items():
+        function = functions.get(f"{name}_avx512") or functions[name]  # helpers have no instruction set in their names
+        rows["avx512", kernel] = float(hot_loop(function, word))
+    return rows
 
 
 def compare(now: dict[tuple[str, str], float]) -> int:
@@ -102,7 +122,7 @@ def compare(now: dict[tuple[str, str], float]) -> int:
 def main() -> None:
     """Count, then compare or update."""
     objects, work = (pathlib.Path(argument) for argument in sys.argv[1:3])
-    now = looped(objects / "avx512.o")
+    now = looped([objects / "avx512.o", objects / "avx512_kv.o"])
     for isa in ("avx2", "generic"):
         now |= called(objects / "counts", isa, work)
     compiler = subprocess.run(["gcc", "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
