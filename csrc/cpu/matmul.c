@@ -15,7 +15,7 @@ static const size_t prepared_bytes = (size_t)4 << 20;
 
 /* Multiplications after which signals should be looked for, though k be long: some 20 ms of the slowest kernels. */
 static const double longest = 1 << 24;
-/* The same for few rows of x against wide tiles: 0.3 s of the slowest kernels, 10 ms of others. */
+/* The same for few rows of x against wide tiles: 0.15 s of portable C on a Zen 5, 5 to 13 ms of vectors. */
 static const double longest_of_few = 1 << 26;
 
 /* One weight matrix times some rows of x. Rows are counted through x's batch dimensions. */
