@@ -361,7 +361,7 @@ def bound_float(x, codes, stored, mode, transpose, global_scale=None):
     exact there, weights too, so that these are a product for each k, which counts |s| times where the number is
     multiplied first, and one for each group, which has more than one k. Twice that covers the factors of later
     roundings. A global scale multiplies the sum by a float32 factor: one rounding more. float64 sums of K products, and
-    the factor, add (K + 2) * 2^-53. For a result rounded to a 16-bit kind add `ref.half_ulp(abs(exact64) + bound, kind)`.
+    the factor, add (K + 2) * 2^-53. For a result rounded to a 16-bit kind add `half_ulp(abs(exact64) + bound, kind)`.
     """
     x64, k = np.abs(x.astype(np.float64)), x.shape[1]
     weights, numbers = np.abs(weights32(codes, stored, mode).astype(np.float64)), _twice(codes & 7) / 2

@@ -18,6 +18,23 @@ QZ_INLINE void prepare_float_row_fp4(float *to, const float *x, ptrdiff_t k) {
     memset(to + k, 0, (size_t)(padded_to(k, QZ_FP4_RUN) - k) * sizeof *to);
 }
 
+/* Some scales as floats. E4M3's standing side by side come 32 at a time, divided by 256, unless one is NaN. */
+QZ_INLINE void load_scales_fp4(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count,
+                               int block) {
+    v_i32 odd = set1_i32(0);
+    ptrdiff_t at = 0;
+    for (; block < 32 && stride == 1 && at + 32 <= count; at += 32) {
+        v_f32 scales[32 / QZ_LANES];
+        odd = or_i32(odd, f32_from_e4m3(scales, (const uint8_t *)from + at));
+        QZ_UNROLL
+        for (int i = 0; i < 32 / QZ_LANES; i++) {
+            store_f32(to + at + i * QZ_LANES, mul_f32(scales[i], set1_f32(256.0f)));
+        }
+    }
+    if (any_i32(odd)) at = 0;
+    if (at < count) QZ_NAME(load)(to + at, from + at * stride, stride, type, count - at);
+}
+
 /* Adds s sum(number x) of the groups of one run of each line. Their sums are short chains of their own, so that only
  * one operation a group waits for the total. */
 QZ_INLINE void add_run_fp4(v_f32 (*totals)[QZ_SHARING], const v_f32 (*numbers)[QZ_FP4_VECTORS], const char *x,
@@ -90,7 +107,7 @@ QZ_INLINE void multiply_float_rows_fp4(float *y, const qz_matmul_job *job, ptrdi
         for (int i = 0; i < lines; i++) {
             const char *scales = from->scales + (r + i) * from->scale_row_stride + first * stride;
             prefetch_scales(scales, stride, some, block / 2);
-            QZ_NAME(load)(c.scales[i], scales, stride, from->scale_type, some);
+            load_scales_fp4(c.scales[i], scales, stride, from->scale_type, some, block);
             c.scales[i][some] = 0.0f; /* of the second half of the last run, whose codes are zeros */
         }
         add_chunk_fp4(totals, &c, some * block, lines, rows, block);
