@@ -206,17 +206,20 @@ def test_non_finite_x_changes_its_rows_only(isa, mode, kind, transpose, m, rng):
             assert np.isnan(row).all() if np.isnan(value) else not np.isfinite(row).any()
 
 
-@pytest.mark.parametrize("m", [2, 9])
+@pytest.mark.parametrize("groups", [5, 69])
+@pytest.mark.parametrize("m", [1, 2, 9])
 @both_layouts
 @every_float_mode
-def test_non_finite_scales_change_their_outputs_only(isa, mode, transpose, m, rng):
-    """nvfp4's 0x7f and 0xff are NaN, mxfp4's 255 is infinity: an infinity comes of it, or NaN."""
+def test_non_finite_scales_change_their_outputs_only(isa, mode, transpose, m, groups, rng):
+    """nvfp4's 0x7f and 0xff are NaN, mxfp4's 255 is infinity: an infinity comes of it, or NaN.
+
+    69 groups: scales are loaded 64 and 32 at a time, and then there are some left.
+    """
     size = fp.GROUP_SIZES[mode]
-    product = make(mode, transpose, rng, m, 9 if transpose else 5 * size, 5 * size if transpose else 70)
-    product.scales[3] &= 0x7F
-    clean = results(Product(mode, transpose, product.x, product.codes, product.scales))[0]
+    product = make(mode, transpose, rng, m, 9 if transpose else groups * size, groups * size if transpose else 70)
+    clean = results(product)[0]
     for byte in (255,) if mode == "mxfp4" else (0x7F, 0xFF):
-        for group in (1, 4):
+        for group in {1, 4, 33, 63, 64, groups - 1} & set(range(groups)):
             scales = product.scales.copy()
             scales[3, group] = byte
             y = results(Product(mode, transpose, product.x, product.codes, scales))[0]
@@ -224,6 +227,17 @@ def test_non_finite_scales_change_their_outputs_only(isa, mode, transpose, m, rn
             assert_same_bytes(y[:, ~hit], clean[:, ~hit])
             assert not np.isfinite(y[:, hit]).any()
             assert mode == "mxfp4" or np.isnan(y[:, hit]).all()
+
+
+@every_float_mode
+def test_scales_that_stand_apart(isa, mode, rng):
+    """So many that they would be loaded as vectors if they stood side by side: the same bits."""
+    product = make(mode, True, rng, 3, 7, 69 * fp.GROUP_SIZES[mode])
+    wide = np.repeat(product.scales, 3, axis=1)
+    for m in (1, 3):
+        y = results(product, x=product.x[:m])[0]
+        for scales in (wide[:, ::3], np.asfortranarray(product.scales), product.scales[:, ::-1].copy()[:, ::-1]):
+            assert_same_bytes(results(product, x=product.x[:m], scales=scales)[0], y)
 
 
 @pytest.mark.parametrize("m", [0, 1, 3, 9])
