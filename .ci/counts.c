@@ -204,6 +204,24 @@ static void count_float(ptrdiff_t m) {
     }
 }
 
+static void count_fp_float(const small_floats *f, ptrdiff_t m) {
+    const qz_float_kernels *plain = &kernels->format(f->format, 0)->plain;
+    char name[64];
+    if (!plain->prepare) return;
+    snprintf(name, sizeof name, "float_t_%s_m_%td", f->name, m);
+    for (ptrdiff_t k = 1024; k <= 2048 && m == 1; k *= 2) {
+        plain->prepare((float *)prepared, values, k, f->group);
+        count_multiply(name, plain->decode_t, fp_job(f, QZ_FLOAT_OUTPUTS, k, m, prepared, 0));
+    }
+    for (ptrdiff_t k = QZ_FLOAT_PANEL_T / 2; k <= QZ_FLOAT_PANEL_T && m > 1; k *= 2) {
+        count_multiply(name, plain->prefill_t, fp_job(f, QZ_FLOAT_OUTPUTS, k, m, values, k * 4));
+    }
+    snprintf(name, sizeof name, "float_n_%s_m_%td", f->name, m);
+    for (ptrdiff_t k = QZ_FLOAT_PANEL_N / 2; k <= QZ_FLOAT_PANEL_N; k *= 2) {
+        count_multiply(name, plain->matmul_n, fp_job(f, k, QZ_FLOAT_OUTPUTS_N, m, values, k * 4));
+    }
+}
+
 static void count_prepare_x(void) {
     const qz_format_kernels *format = kernels->format(QZ_FORMAT_affine_4, SLOT_OF_64);
     for (ptrdiff_t k = 1024; k <= 2048; k *= 2) {
@@ -372,6 +390,8 @@ int main(int arguments, char **argument) {
     for (int which = 0; which < (int)(sizeof fp_formats / sizeof *fp_formats); which++) {
         count_fp_matmul(&fp_formats[which], 1);
         count_fp_matmul(&fp_formats[which], 32);
+        count_fp_float(&fp_formats[which], 1);
+        count_fp_float(&fp_formats[which], MOST_M);
         count_fp_codec(&fp_formats[which]);
     }
     count_elementwise();

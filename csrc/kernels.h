@@ -97,9 +97,9 @@ typedef struct qz_matmul_kernel {
     void (*multiply)(const qz_matmul_job *);
 } qz_matmul_kernel;
 
-/* accumulate="float" (kernels/matmul_float.h). Jobs are those of the exact class, with y's pitches as said above.
- * decode_t reads rows as prepare leaves them, of prepared_size bytes each, and sets y; the others take so much of k as
- * said above, x being float32, and add to y. */
+/* accumulate="float" (kernels/matmul_float.h, matmul_float_fp4.h). Jobs are those of the exact class, with y's pitches
+ * as said above. decode_t reads rows as prepare leaves them, of prepared_size bytes each, and sets y; the others take
+ * so much of k as said above, x being float32, and add to y. */
 typedef struct qz_float_kernels {
     size_t (*prepared_size)(ptrdiff_t k, ptrdiff_t group_size);
     void (*prepare)(float *to, const float *x, ptrdiff_t k, ptrdiff_t group_size);

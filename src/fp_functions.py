@@ -60,23 +60,34 @@ ELEMENTS = {
         "word_of_ones": "0x22222222",
         "odd_codes": "",
         "options": """\
-accumulate : "exact"
-    x is put into block fixed point (22 bits for float32 x, 15 for float16 and bfloat16, relative to the largest
-    magnitude of each group), products are summed in integers, without error, and one float32 term per group is
-    added in a fixed order. "float" is refused.
+accumulate : {"exact", "float"}
+    How sums are taken. "exact": x is put into block fixed point (22 bits for float32 x, 15 for float16 and
+    bfloat16, relative to the largest magnitude of each group), products are summed in integers, without error, and
+    one float32 term per group is added in a fixed order. "float": plain float32 sums, whatever x is, with the error
+    and the promises of such (see Notes).
 activations : "int8", optional
-    Lossy: uses 7 bits of x instead, an error up to 2^-7 of each group's largest magnitude.
+    Lossy: uses 7 bits of x instead, an error up to 2^-7 of each group's largest magnitude. Only with "exact".
 """,
         "along_columns": """\
-Here the products x * scale are formed in float32 and put into block fixed point, over blocks of 64 along K,
-with 21 bits for float32 x.
+With "exact", the products x * scale are formed in float32 here and put into block fixed point, over blocks of
+64 along K, with 21 bits for float32 x.
 """,
         "sums": """\
-The error of an output is at most the sum over its groups of 2^-p * max|x| * sum|W|, p = 22 for float32 x and 15 for
-float16 and bfloat16, plus about one float32 rounding per group, as long as no scale is within a factor 2^31 of
-overflowing float32. Weights are used as stored, scale * code, without rounding them first. Rows of x with NaN or
+There the error of an output is at most the sum over its groups of 2^-p * max|x| * sum|W|, p = 22 for float32 x and
+15 for float16 and bfloat16, plus about one float32 rounding per group, as long as no scale is within a factor 2^31
+of overflowing float32. Weights are used as stored, scale * code, without rounding them first. Rows of x with NaN or
 infinities are computed by plain float32 sums in those groups, at the speed of scalar code; a NaN result is always
 the NaN with bits 0x7fc00000.
+
+With accumulate="float" the result is the same bits for every number of threads, and each time, for given shapes on
+one instruction set, but not across instruction sets or values of M. As long as no sum of |x| * |W|, or of |x| times
+the numbers that codes stand for, overflows float32, its error is at most (min(K, 256) + K / 16 + 13) * 2^-24 *
+sum(|x| * |W|), beside what underflow takes from products, and usually far less. NaN and infinities go where IEEE
+arithmetic takes them, at full speed: an output that one has a share in is not finite, though it may be NaN where
+exact arithmetic has an infinity, as where its code is 0.
+""",
+        "gathered_bits": """\
+With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 """,
         "by_infinity": "gives an infinity, or NaN where its sum of products is 0",
     },
@@ -100,6 +111,7 @@ of an output is at most (32 + K / 256) * 2^-24 * sum(|x| * |W|), beside underflo
 accumulate="float" is the same. NaN and infinities go where IEEE arithmetic takes them; a NaN result is always the
 NaN with bits 0x7fc00000. The codes 0x7f and 0xff are NaN.
 """,
+        "gathered_bits": "",
         "by_infinity": "gives infinities, or NaN where a code is 0",
     },
 }
@@ -299,8 +311,8 @@ ValueError
 
 Notes
 -----
-The result is the same bits for every number of threads, instruction set and M: a row of x gives the same alone or
-in any batch.
+With accumulate="exact" the result is the same bits for every number of threads, instruction set and M: a row of x
+gives the same alone or in any batch.
 
 $sums
 
@@ -435,6 +447,7 @@ accumulate, activations, out, input_dtype
 """
 GATHERED_RESULT = """\
     In the dtype, and with the bits, that `${mode}_qmm_t` or `${mode}_qmm_n` gives for each pair alone.
+    $gathered_bits
 
 Raises
 ------

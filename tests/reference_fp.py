@@ -322,3 +322,56 @@ def _block_error_n(x, weights, codes, stored, mode, digits):
         error[:, columns] = off @ numbers[:, columns]
     term = x.astype(np.float64) @ weights
     return term, error + (np.abs(term) + error) * ref.U + 2.0**-149
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products by plain float32 sums (accumulate="float") of FP4 weights: csrc/kernels/matmul_float_fp4.h
+
+
+def roundings_float(k):
+    """How many float32 roundings a summand x*W can pass through on its way into an output, on any ISA.
+
+    Each multiplication and each addition counts, as if none were fused. Vectors have 4 <= L <= 16 lanes. Weights
+    s*number are exact: 2 significant bits times at most 4.
+
+    - Weights decoded first: 1 for the product with x, and an addition per element of a panel of at most 256 k, 3 where
+      a panel is summed in up to 4 chains, 1 for the sum of each panel of 128 or more: min(k, 256) + k/128 + 5.
+    - Numbers multiplied first: 1 for number*x, at most 32/L - 1 <= 7 additions in a group's lane, 1 for the product
+      with s, an addition per group, of 16 or more, and log2(L) <= 4 over the lanes: k/16 + 13.
+    """
+    return min(k, 256) + k / 16 + 13
+
+
+def exact64(x, codes, stored, mode, transpose, global_scale=None):
+    """[M, N] float64: the product of unrounded weights; its own error is in `bound_float`."""
+    weights = weights32(codes, stored, mode).astype(np.float64)
+    with np.errstate(all="ignore"):
+        return (x.astype(np.float64) @ (weights.T if transpose else weights)) * float(_factor(global_scale))
+
+
+def _factor(global_scale):
+    return F32(1) if global_scale is None else F32(global_scale) / F32(2688)
+
+
+def bound_float(x, codes, stored, mode, transpose, global_scale=None):
+    """Bound [M, N] on |result - exact64| of accumulate="float"; Inf where an intermediate may overflow float32.
+
+    D = `roundings_float` factors of at most 1 + U each change every summand by at most ((1 + U)^D - 1) of itself, so an
+    output by that much of sum |x*W|. What is rounded in the subnormal range is off by 2^-150 instead: additions are
+    exact there, weights too, so that these are a product for each k, which counts |s| times where the number is
+    multiplied first, and one for each group, which has more than one k. Twice that covers the factors of later
+    roundings. A global scale multiplies the sum by a float32 factor: one rounding more. float64 sums of K products, and
+    the factor, add (K + 2) * 2^-53. For a result rounded to a 16-bit kind add `half_ulp(abs(exact64) + bound, kind)`.
+    """
+    x64, k = np.abs(x.astype(np.float64)), x.shape[1]
+    weights, numbers = np.abs(weights32(codes, stored, mode).astype(np.float64)), _twice(codes & 7) / 2
+    scales = np.abs(np.repeat(_scales(stored, mode), GROUP_SIZES[mode], axis=1).astype(np.float64))
+    turn = np.transpose if transpose else np.asarray
+    factor = float(_factor(global_scale))
+    with np.errstate(all="ignore"):
+        sizes = x64 @ turn(weights)
+        sums = sizes * np.expm1(roundings_float(k) * np.log1p(ref.U)) + 2.0**-148 * (k + turn(scales).sum(axis=0))
+        scaled = 0.0 if global_scale is None else ref.U * factor * (sizes + sums) + 2.0**-150
+        error = factor * sums + scaled + (k + 2) * 2.0**-53 * factor * sizes
+        largest = np.maximum(np.maximum(sizes + sums, factor * (sizes + sums)), x64 @ turn(numbers))
+        return np.where((largest >= 2.0**127) | ~np.isfinite(error), np.inf, error)

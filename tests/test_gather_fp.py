@@ -1,10 +1,15 @@
 """Gathered products with mxfp4, mxfp8 and nvfp4 weights: the bits of products one by one; see test_gather too."""
 
+import functools
+
 import numpy as np
 import pytest
 
 import quantization as q
-from test_matmul_fp import both_layouts, every_mode, every_mode_and_kind, make
+import reference as ref
+import reference_fp as fp
+from test_matmul_float_fp import every_float_mode, every_kind
+from test_matmul_fp import both_layouts, every_class, every_mode, every_mode_and_kind, make
 
 F32 = np.float32
 
@@ -38,27 +43,63 @@ def test_equals_products_one_by_one(isa, mode, kind, transpose, rng):
 
 
 @both_layouts
-def test_global_scale(isa, transpose, rng):
+@every_kind
+@every_float_mode
+def test_float_sums(isa, mode, kind, transpose, rng):
+    """Within the bound, in the bits of the product with all rows that meet the same weights, on any number of threads.
+
+    Matrix 0 meets 3 rows of x, matrix 1 meets 24: few, and as many as panels are decoded for.
+    """
+    x, stored, keywords = experts(mode, transpose, rng, kind)
+    keywords = keywords | {"accumulate": "float"}
+    lhs, rhs = [0, 1, 2, 3, 4, 0, 1, 2, 3], [1, 1, 0, 1, 1, 1, 1, 1, 1]
+    y = getattr(q, f"{mode}_gather_qmm")(x, *stored, lhs, rhs, transpose, **keywords)
+    one = getattr(q, f"{mode}_{'qmm_t' if transpose else 'qmm_n'}")
+    for matrix in (0, 1):
+        chosen = [i for i in range(9) if rhs[i] == matrix]
+        rows = np.concatenate([x[lhs[i]] for i in chosen])
+        together = one(rows, *[part[matrix] for part in stored], **keywords)
+        assert_same_bits(np.concatenate([y[i] for i in chosen]), together)
+        codes = ref.unpack(stored[0][matrix], 4, stored[0].shape[-1] * 8)
+        arrays = ref.to_f32(rows, kind), codes, stored[1][matrix], mode, transpose
+        value, bound = fp.exact64(*arrays), fp.bound_float(*arrays)
+        rounding = 0 if kind == "float32" else ref.half_ulp(np.abs(value) + bound, kind)
+        assert (np.abs(ref.to_f32(together, kind).astype(np.float64) - value) <= bound + rounding).all()
+    for threads in (1, 3):
+        with q.threads(threads):
+            again = getattr(q, f"{mode}_gather_qmm_rhs")(
+                x[lhs].reshape(27, -1), *stored, np.repeat(rhs, 3), transpose=transpose, **keywords
+            )
+        assert_same_bits(again.reshape(y.shape), y)
+
+
+@every_class
+@both_layouts
+def test_global_scale(isa, transpose, accumulate, rng):
     x, stored, keywords = experts("nvfp4", transpose, rng, "float32", global_scale=300.0)
+    keywords = keywords | {"accumulate": accumulate}
     one = q.nvfp4_qmm_t if transpose else q.nvfp4_qmm_n
     y = q.nvfp4_gather_qmm(x, *stored, [4, 1], [2, 0], transpose, **keywords)
     assert_same_bits(y[1], one(x[1], *[part[0] for part in stored], **keywords))
-    plain = q.nvfp4_gather_qmm(x, *stored, [4, 1], [2, 0], transpose)
+    plain = q.nvfp4_gather_qmm(x, *stored, [4, 1], [2, 0], transpose, accumulate=accumulate)
     assert_same_bits(y, plain * (F32(300) / F32(2688)))
 
 
+@every_class
 @both_layouts
 @every_mode
-def test_true_length(isa, mode, transpose, rng):
+def test_true_length(isa, mode, transpose, accumulate, rng):
     """Rows that end within a group of the weights: x, or the outputs, leave the padding out."""
     x, stored, _ = experts(mode, transpose, rng, "float32")
-    gather, rows = (getattr(q, f"{mode}_gather_{name}") for name in ("qmm", "qmm_rhs"))
+    gather, rows, one = (
+        functools.partial(getattr(q, f"{mode}_{name}"), accumulate=accumulate)
+        for name in ("gather_qmm", "gather_qmm_rhs", "qmm_t")
+    )
     if transpose:
         short = x[..., : x.shape[-1] - 5]
         zeroed = x.copy()
         zeroed[..., x.shape[-1] - 5 :] = 0
         assert_same_bits(gather(short, *stored, [1, 2], [0, 1]), gather(zeroed, *stored, [1, 2], [0, 1]))
-        one = getattr(q, f"{mode}_qmm_t")
         assert_same_bits(one(short[0], stored[0][0], stored[1][0]), one(zeroed[0], stored[0][0], stored[1][0]))
     else:
         whole = rows(x[:, 0], *stored, [0, 1, 2, 1, 0], transpose=False)

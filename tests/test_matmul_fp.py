@@ -19,6 +19,7 @@ DIGITS = {"float32": 3, "float16": 2, "bfloat16": 2, "int8": 1}
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 both_layouts = pytest.mark.parametrize("transpose", [True, False], ids=["t", "n"])
+every_class = pytest.mark.parametrize("accumulate", ["exact", "float"])
 
 
 def kinds_of(mode):
@@ -62,6 +63,10 @@ class Product:
     def results(self, **changes):
         arrays = {"x": self.x, "w": self.words, "scales": self.scales, **self.keywords, **changes}
         return [getattr(q, f"{self.mode}_{name}")(**arrays) for name in FUNCTIONS[self.transpose]]
+
+    def of_class(self, accumulate):
+        """What arrays of any form must give: of the exact class by the reference, else what plain arrays give."""
+        return self.expected if accumulate == "exact" else self.results(accumulate=accumulate)[0]
 
     def check(self):
         for y in self.results():
@@ -258,28 +263,32 @@ def test_the_bounds_are_of_the_class_of_float32(rng):
             assert (fp.bound(*product.wide, 3) <= 2.0**-18.5 * sizes).all()
 
 
+@pytest.mark.parametrize("m", [3, 9])
+@every_class
 @both_layouts
 @every_mode
-def test_layouts_and_batches(isa, mode, transpose, rng):
+def test_layouts_and_batches(isa, mode, transpose, accumulate, m, rng):
     """Arrays of any strides, aligned or not; batches that broadcast; results into given memory."""
     every = layouts.fixed(3)
-    product = make(mode, transpose, rng, 3, 32, 96)
-    name = f"{mode}_{FUNCTIONS[transpose][0]}"
+    product = make(mode, transpose, rng, m, 32, 96)
+    expected = product.of_class(accumulate)
+    function = functools.partial(getattr(q, f"{mode}_{FUNCTIONS[transpose][0]}"), accumulate=accumulate)
     for i, place in enumerate(every):
-        batch = np.broadcast_to(product.expected, (2, *product.expected.shape))
+        batch = np.broadcast_to(expected, (2, *expected.shape))
         x, w, scales = (np.stack([a, a]) for a in (product.x, product.words, product.scales))
         others = [every[(i + j) % len(every)] for j in (1, 2, 3)]
         memory, out = others[2].empty(batch.shape, F32)
-        getattr(q, name)(place.place(x), others[0].place(w), others[1].place(scales), out=out)
+        function(place.place(x), others[0].place(w), others[1].place(scales), out=out)
         assert_same_bytes(np.ascontiguousarray(out), np.ascontiguousarray(batch))
         others[2].check(memory, batch.shape, F32)
-    stacked = getattr(q, name)(product.x[None, None], np.stack([product.words] * 2), np.stack([product.scales] * 2))
-    assert_same_bytes(stacked, np.stack([product.expected] * 2)[None])
+    stacked = function(product.x[None, None], np.stack([product.words] * 2), np.stack([product.scales] * 2))
+    assert_same_bytes(stacked, np.stack([expected] * 2)[None])
 
 
+@every_class
 @both_layouts
 @every_mode
-def test_nothing_is_read_beyond_the_arrays(isa, mode, transpose, rng):
+def test_nothing_is_read_beyond_the_arrays(isa, mode, transpose, accumulate, rng):
     """Reading one byte too many ends the process; rows that end within a vector, alone and as the last of several."""
     pages = {name: Page(1 << 17) for name in ("x", "w", "scales")}
     for m in (1, 5, 9):
@@ -287,32 +296,36 @@ def test_nothing_is_read_beyond_the_arrays(isa, mode, transpose, rng):
             size = fp.GROUP_SIZES[mode]
             n, k = (one, other * size) if transpose else (other * size, one * 23)
             product = make(mode, transpose, rng, m, n, k)
+            expected = product.of_class(accumulate)
             for at_end in (True, False):
                 arrays = {"x": product.x, "w": product.words, "scales": product.scales}
                 placed = {name: pages[name].put(array, at_end) for name, array in arrays.items()}
-                for y in product.results(**placed):
-                    assert_same_bytes(y, product.expected)
+                for y in product.results(**placed, accumulate=accumulate):
+                    assert_same_bytes(y, expected)
 
 
+@every_class
 @both_layouts
 @every_mode
-def test_rows_that_end_within_a_group(isa, mode, transpose, rng):
+def test_rows_that_end_within_a_group(isa, mode, transpose, accumulate, rng):
     """x, or the outputs, may leave out the end of the last group: the bits are those of zeros there."""
     size = fp.GROUP_SIZES[mode]
+    functions = [
+        functools.partial(getattr(q, f"{mode}_{name}"), accumulate=accumulate) for name in FUNCTIONS[transpose]
+    ]
     for left_out in (1, size - 1):
         for m in (2, 9):
             product = make(mode, transpose, rng, m, 3 * size, 3 * size)
-            functions = [getattr(q, f"{mode}_{name}") for name in FUNCTIONS[transpose]]
             if not transpose:
-                features = 3 * size - left_out
+                features, expected = 3 * size - left_out, product.of_class(accumulate)
                 for function in functions:
                     y = function(product.x, product.words, product.scales, features)
-                    assert_same_bytes(y, np.ascontiguousarray(product.expected[:, :features]))
+                    assert_same_bytes(y, np.ascontiguousarray(expected[:, :features]))
                 continue
             product.x[:, -left_out:] = 0
-            product = Product(mode, transpose, product.x, product.codes, product.scales)
+            expected = Product(mode, transpose, product.x, product.codes, product.scales).of_class(accumulate)
             for function in functions:
-                assert_same_bytes(function(product.x[:, :-left_out], product.words, product.scales), product.expected)
+                assert_same_bytes(function(product.x[:, :-left_out], product.words, product.scales), expected)
 
 
 @every_mode
@@ -324,19 +337,19 @@ def test_empty(mode):
         assert y.shape == (m, n) and not y.any()
 
 
+@every_class
 @every_mode
-def test_dtypes(mode, rng):
+def test_dtypes(mode, accumulate, rng):
     product = make(mode, True, rng, 2, 8, 64)
-    name, exact64 = f"{mode}_qmm_t", product.x.astype(np.float64)
-    assert_same_bytes(getattr(q, name)(exact64, product.words, product.scales), product.expected)
-    assert_same_bytes(
-        getattr(q, name)(exact64.tolist(), product.words.view(np.int32), product.scales), product.expected
-    )
-    assert getattr(q, name)(product.x.astype(np.float16), product.words, product.scales).dtype == np.float16
+    expected, exact64 = product.of_class(accumulate), product.x.astype(np.float64)
+    qmm_t = functools.partial(getattr(q, f"{mode}_qmm_t"), accumulate=accumulate)
+    assert_same_bytes(qmm_t(exact64, product.words, product.scales), expected)
+    assert_same_bytes(qmm_t(exact64.tolist(), product.words.view(np.int32), product.scales), expected)
+    assert qmm_t(product.x.astype(np.float16), product.words, product.scales).dtype == np.float16
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs ml_dtypes arrays")
     scale_type = ml_dtypes.float8_e4m3fn if mode == "nvfp4" else ml_dtypes.float8_e8m0fnu
-    assert_same_bytes(getattr(q, name)(product.x, product.words, product.scales.view(scale_type)), product.expected)
-    assert getattr(q, name)(product.x.astype(ml_dtypes.bfloat16), product.words, product.scales).dtype == "bfloat16"
+    assert_same_bytes(qmm_t(product.x, product.words, product.scales.view(scale_type)), expected)
+    assert qmm_t(product.x.astype(ml_dtypes.bfloat16), product.words, product.scales).dtype == "bfloat16"
 
 
 @every_mode
@@ -361,9 +374,6 @@ def test_errors(mode, rng):
         with pytest.raises(ValueError, match="mode 'mxfp8' has no activations='int8'"):
             qmm_t(product.x, product.words, product.scales, activations="int8")
         assert_same_bytes(qmm_t(product.x, product.words, product.scales, accumulate="float"), product.expected)
-    else:
-        with pytest.raises(ValueError, match=f"mode '{mode}' has no accumulate='float', only 'exact'"):
-            qmm_t(product.x, product.words, product.scales, accumulate="float")
     if mode != "nvfp4":
         with pytest.raises(TypeError, match=f"there is no global_scale in mode '{mode}'"):
             q._C.matmul_fp(q._C.Plan(f"{mode}_qmv"), product.x, product.words, product.scales, None, 1.0, "exact", None,

@@ -99,14 +99,14 @@ void qz_multiply_float_tile(const qz_float_kernels *plain, const qz_matmul_args 
     }
 }
 
-static void store_tile(const portion *p, const float *y, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t column,
+static void store_tile(const portion *p, float *y, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t column,
                        ptrdiff_t outputs) {
     const qz_array *to = &p->args->y;
     const ptrdiff_t pitch = p->args->transpose ? QZ_FLOAT_OUTPUTS : QZ_FLOAT_OUTPUTS_N, stride = qz_last_stride(to);
     const ptrdiff_t count = outputs < qz_last(to) - column ? outputs : qz_last(to) - column;
     for (ptrdiff_t m = 0; m < rows; m++) {
         char *row = qz_element(to, to->ndim - 1, p->first + first + m) + column * stride;
-        p->kernels->store(row, stride, to->type, y + m * pitch, count);
+        qz_store_results(p->kernels, p->args, row, y + m * pitch, count);
     }
 }
 

@@ -14,6 +14,7 @@
 #include "../kernels/matmul_definition.h"
 #include "../kernels/matmul_definition_fp.h"
 #include "../kernels/matmul_float.h"
+#include "../kernels/matmul_float_fp4.h"
 #include "../kernels/probe.h"
 #include "../kernels/quantize.h"
 #include "../kernels/quantize_fp.h"

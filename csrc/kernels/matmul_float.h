@@ -218,24 +218,32 @@ QZ_INLINE void multiply_float_rows(float *y, const qz_matmul_job *job, ptrdiff_t
     }
 }
 
-QZ_INLINE void float_decode_t(const qz_matmul_job *job, int bits) {
+/* Shares rows of weights and of x out to `multiply`, a constant, so that it costs no call. format: bits, or what else
+ * `multiply` is told. */
+typedef void multiply_lines(float *y, const qz_matmul_job *job, ptrdiff_t r, int lines, int rows, int format);
+
+QZ_INLINE void float_decode_lines(const qz_matmul_job *job, multiply_lines *multiply, int format) {
     for (ptrdiff_t m = 0; m < job->m; m += QZ_SHARING) {
         qz_matmul_job some = *job;
         float *y = job->y + m * QZ_FLOAT_OUTPUTS;
         ptrdiff_t r = 0;
         some.x += m * job->x_stride;
         if (job->m - m == 1) {
-            for (; r + QZ_LINES <= job->rows; r += QZ_LINES) multiply_float_rows(y, &some, r, QZ_LINES, 1, bits);
+            for (; r + QZ_LINES <= job->rows; r += QZ_LINES) multiply(y, &some, r, QZ_LINES, 1, format);
         }
         for (; r < job->rows; r++) {
             switch (job->m - m) {
-            case 1: multiply_float_rows(y, &some, r, 1, 1, bits); break;
-            case 2: multiply_float_rows(y, &some, r, 1, 2, bits); break;
-            case 3: multiply_float_rows(y, &some, r, 1, 3, bits); break;
-            default: multiply_float_rows(y, &some, r, 1, 4, bits);
+            case 1: multiply(y, &some, r, 1, 1, format); break;
+            case 2: multiply(y, &some, r, 1, 2, format); break;
+            case 3: multiply(y, &some, r, 1, 3, format); break;
+            default: multiply(y, &some, r, 1, 4, format);
             }
         }
     }
+}
+
+QZ_INLINE void float_decode_t(const qz_matmul_job *job, int bits) {
+    float_decode_lines(job, multiply_float_rows, bits);
 }
 
 /* ---- panels and tiles ---- */
@@ -361,6 +369,19 @@ QZ_INLINE void load_words_of_rows(v_i32 *words, const uint8_t *w, ptrdiff_t row_
     for (int r = 0; r < QZ_LANES; r++) words[r] = bits_of_f32(lines[r]);
 }
 
+/* Words of QZ_ACROSS rows, of which there are `rows`, with `codes` codes of each. Where those are too few for whole
+ * vectors, kernels read a copy, which is padded with zeros. */
+QZ_INLINE void load_words_of_panel(v_i32 *low, v_i32 *high, uint8_t (*copy)[4 * QZ_LANES], const uint8_t *from,
+                                   ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t codes, int bits) {
+    if (codes < QZ_RUNS(bits) || rows < QZ_ACROSS) {
+        for (ptrdiff_t r = 0; r < rows; r++) memcpy(copy[r], from + r * stride, (size_t)(codes * bits / 8));
+        from = copy[0];
+        stride = sizeof copy[0];
+    }
+    load_words_of_rows(low, from, stride, bits);
+    load_words_of_rows(high, from + QZ_LANES * stride, stride, bits);
+}
+
 /* QZ_RUN(bits) lines of a panel: weights of one k each. */
 QZ_INLINE void decode_lines(float *to, v_i32 low, v_i32 high, const float *scales, const float *biases, int bits) {
     const v_f32 s0 = load_f32(scales), s1 = load_f32(scales + QZ_LANES);
@@ -373,7 +394,7 @@ QZ_INLINE void decode_lines(float *to, v_i32 low, v_i32 high, const float *scale
     }
 }
 
-/* The first `rows` rows at w. Where they are too few, or k ends, kernels read a copy padded with zeros. */
+/* The first `rows` rows at w. */
 QZ_INLINE void decode_panel_t(float *panel, const panel_scales *scales, const qz_matmul_job *job, const uint8_t *w,
                               ptrdiff_t rows, int bits) {
     const ptrdiff_t count = job->columns, runs = QZ_RUNS(bits), run = QZ_RUN(bits);
@@ -381,16 +402,8 @@ QZ_INLINE void decode_panel_t(float *panel, const panel_scales *scales, const qz
     uint8_t copy[QZ_ACROSS][4 * QZ_LANES] = {{0}};
     for (ptrdiff_t at = 0; at < count; at += runs) {
         const ptrdiff_t codes = count - at < runs ? count - at : runs;
-        const uint8_t *from = w + at * bits / 8;
-        ptrdiff_t stride = job->w_row_stride;
         v_i32 low[QZ_LANES], high[QZ_LANES];
-        if (codes < runs || rows < QZ_ACROSS) {
-            for (ptrdiff_t r = 0; r < rows; r++) memcpy(copy[r], from + r * stride, (size_t)(codes * bits / 8));
-            from = copy[0];
-            stride = sizeof copy[0];
-        }
-        load_words_of_rows(low, from, stride, bits);
-        load_words_of_rows(high, from + QZ_LANES * stride, stride, bits);
+        load_words_of_panel(low, high, copy, w + at * bits / 8, job->w_row_stride, rows, codes, bits);
         for (ptrdiff_t i = 0; i * run < codes; i++) {
             const ptrdiff_t k = at + i * run, group = k >> shift;
             decode_lines(panel + k * QZ_ACROSS, low[i], high[i], scales->scales[group], scales->biases[group], bits);
@@ -436,11 +449,15 @@ QZ_INLINE void decode_panels_n(float *panels, const qz_matmul_job *job, int bits
     }
 }
 
-QZ_INLINE void float_matmul_n(const qz_matmul_job *job, int bits) {
-    _Alignas(64) float panels[QZ_FLOAT_PANEL_N * QZ_FLOAT_OUTPUTS_N];
-    decode_panels_n(panels, job, bits);
+QZ_INLINE void multiply_panels_n(const qz_matmul_job *job, const float *panels) {
     for (ptrdiff_t n = 0; n < job->columns; n += QZ_ACROSS) {
         multiply_panel(job->y + n, QZ_FLOAT_OUTPUTS_N, panels + n * QZ_FLOAT_PANEL_N, job->x, job->x_stride, job->rows,
                        job->m);
     }
+}
+
+QZ_INLINE void float_matmul_n(const qz_matmul_job *job, int bits) {
+    _Alignas(64) float panels[QZ_FLOAT_PANEL_N * QZ_FLOAT_OUTPUTS_N];
+    decode_panels_n(panels, job, bits);
+    multiply_panels_n(job, panels);
 }

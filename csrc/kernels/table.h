@@ -45,6 +45,20 @@
     static void QZ_NAME(float_prefill_t_##name)(const qz_matmul_job *job) { float_prefill_t(job, bits); }     \
     static void QZ_NAME(float_n_##name)(const qz_matmul_job *job) { float_matmul_n(job, bits); }
 
+/* Groups of a small float's format are of one size, its block. */
+#define QZ_DEFINE_FLOAT_FP4(name, block)                                                                       \
+    static size_t QZ_NAME(float_row_size_##name)(ptrdiff_t k, ptrdiff_t group_size) {                          \
+        (void)group_size;                                                                                      \
+        return float_row_size_fp4(k);                                                                          \
+    }                                                                                                          \
+    static void QZ_NAME(prepare_float_##name)(float *to, const float *x, ptrdiff_t k, ptrdiff_t group_size) {  \
+        (void)group_size;                                                                                      \
+        prepare_float_row_fp4(to, x, k);                                                                       \
+    }                                                                                                          \
+    static void QZ_NAME(float_decode_t_##name)(const qz_matmul_job *job) { float_decode_t_fp4(job, block); }   \
+    static void QZ_NAME(float_prefill_t_##name)(const qz_matmul_job *job) { float_prefill_t_fp4(job, block); } \
+    static void QZ_NAME(float_n_##name)(const qz_matmul_job *job) { float_matmul_n_fp4(job, block); }
+
 #define QZ_DEFINE_QUANTIZE(name, quantize, dequantize, ...)                  \
     static void QZ_NAME(quantize_metal_##name)(const qz_quantize_job *job) { \
         quantize(job, __VA_ARGS__, QZ_PROFILE_METAL);                        \
@@ -67,6 +81,7 @@
     QZ_DEFINE_QUANTIZE(name, quantize_fp, dequantize_fp, &element, &scale_##scale, first) \
     QZ_DEFINE_##element(name, first)
 #define QZ_DEFINE_fp4_e2m1(name, first) \
+    QZ_DEFINE_FLOAT_FP4(name, first)    \
     QZ_DEFINE_MATMUL_N(name, QZ_FP4, 1) \
     QZ_DEFINE_MATMUL_N(name, QZ_FP4, 2) \
     QZ_DEFINE_MATMUL_N(name, QZ_FP4, 3) \
@@ -103,14 +118,15 @@
      QZ_KERNELS_BY_DIGITS(prefill, name##_##slot), \
      QZ_BY_DIGITS(matmul_n_##name),                \
      QZ_FLOAT_KERNELS(name)}
-/* The fp family has one group size, and no kernels of the float class: where those are asked for, the binding refuses,
- * or for fp8_e4m3 takes the exact ones, whose sums are as good. x keeps all its digits there. */
+/* The fp family has one group size. fp8_e4m3 has no kernels of the float class: where those are asked for, the binding
+ * takes the exact ones, whose sums are as good. x keeps all its digits there. */
 #define QZ_SLOT_fp4_e2m1(name)                 \
     {.quantize = QZ_QUANTIZE(name),            \
      .dequantize = QZ_NAME(dequantize_##name), \
      QZ_KERNELS_BY_DIGITS(decode, name##_0),   \
      QZ_KERNELS_BY_DIGITS(prefill, name##_0),  \
-     QZ_BY_DIGITS(matmul_n_##name)}
+     QZ_BY_DIGITS(matmul_n_##name),            \
+     QZ_FLOAT_KERNELS(name)}
 #define QZ_KERNEL_FP8(kind, name) {QZ_NAME(row_size_##name), QZ_NAME(copy_row_##name), QZ_NAME(kind##_##name)}
 #define QZ_THRICE(...) {__VA_ARGS__, __VA_ARGS__, __VA_ARGS__}
 #define QZ_SLOT_fp8_e4m3(name)                  \

@@ -16,6 +16,7 @@
 #include "matmul_fp4.h"
 #include "matmul_n.h"
 #include "matmul_float.h"
+#include "matmul_float_fp4.h"
 #include "probe.h"
 #include "quantize.h"
 #include "quantize_fp.h"

@@ -96,17 +96,6 @@ int qz_take_weights(const call *c, const product_arguments *a, const char *mode,
     return 0;
 }
 
-/* What cannot be had of weights of small floats. */
-static int check_fp_options(const call *c, const qz_format *format, int in_float, int in_int8) {
-    const int is_fp8 = strcmp(format->element, "fp8_e4m3") == 0;
-    if (in_float && !is_fp8)
-        return qz_raise(PyExc_ValueError, c->op, "mode '%s' has no accumulate='float', only 'exact'", format->mode);
-    if (in_int8 && is_fp8)
-        return qz_raise(PyExc_ValueError, c->op, "mode '%s' has no activations='int8': it would gain nothing",
-                        format->mode);
-    return 0;
-}
-
 int qz_take_digits(const call *c, const product_arguments *a, const char *mode, const qz_array *x) {
     const qz_format *format = &qz_formats[qz_find_mode(mode)];
     static const char *const accumulates[] = {"exact", "float"}, *const activations[] = {"int8"};
@@ -116,9 +105,11 @@ int qz_take_digits(const call *c, const product_arguments *a, const char *mode, 
     if (in_float < 0 || (in_int8 && qz_take_word(c, "activations", a->activations, activations, 1) < 0)) return -1;
     if (in_float && in_int8)
         return qz_raise(PyExc_ValueError, c->op, "activations='int8' needs accumulate='exact', got 'float'");
-    if (!format->bias) {
-        if (check_fp_options(c, format, in_float, in_int8) < 0) return -1;
-        if (in_float) return 3;
+    if (!format->bias && strcmp(format->element, "fp8_e4m3") == 0) {
+        if (in_int8)
+            return qz_raise(PyExc_ValueError, c->op, "mode '%s' has no activations='int8': it would gain nothing",
+                            format->mode);
+        if (in_float) return 3; /* its exact class is of such sums */
     }
     if (in_float || in_int8) return in_float ? 0 : 1;
     return x->type == QZ_F16 || x->type == QZ_BF16 ? 2 : 3;

@@ -105,6 +105,7 @@ def mxfp4_gather_qmm(
     -------
     numpy.ndarray, shape (*indices, M, N)
         In the dtype, and with the bits, that `mxfp4_qmm_t` or `mxfp4_qmm_n` gives for each pair alone.
+        With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises
     ------
@@ -215,6 +216,7 @@ def mxfp4_gather_qmm_rhs(
     -------
     numpy.ndarray, shape (..., N)
         In the dtype, and with the bits, that `mxfp4_qmm_t` or `mxfp4_qmm_n` gives for each pair alone.
+        With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises
     ------
@@ -555,6 +557,7 @@ def nvfp4_gather_qmm(
     -------
     numpy.ndarray, shape (*indices, M, N)
         In the dtype, and with the bits, that `nvfp4_qmm_t` or `nvfp4_qmm_n` gives for each pair alone.
+        With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises
     ------
@@ -669,6 +672,7 @@ def nvfp4_gather_qmm_rhs(
     -------
     numpy.ndarray, shape (..., N)
         In the dtype, and with the bits, that `nvfp4_qmm_t` or `nvfp4_qmm_n` gives for each pair alone.
+        With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises
     ------

@@ -80,12 +80,13 @@ def mxfp4_qmm_t(
     w : array of uint32, shape (..., N, K / 8)
         Codes as `mxfp4_quantize` packs them; int32 with the same bits is accepted.
     scales : array of uint8 or ml_dtypes' float8_e8m0fnu, shape (..., N, K / 32)
-    accumulate : "exact"
-        x is put into block fixed point (22 bits for float32 x, 15 for float16 and bfloat16, relative to the largest
-        magnitude of each group), products are summed in integers, without error, and one float32 term per group is
-        added in a fixed order. "float" is refused.
+    accumulate : {"exact", "float"}
+        How sums are taken. "exact": x is put into block fixed point (22 bits for float32 x, 15 for float16 and
+        bfloat16, relative to the largest magnitude of each group), products are summed in integers, without error, and
+        one float32 term per group is added in a fixed order. "float": plain float32 sums, whatever x is, with the error
+        and the promises of such (see Notes).
     activations : "int8", optional
-        Lossy: uses 7 bits of x instead, an error up to 2^-7 of each group's largest magnitude.
+        Lossy: uses 7 bits of x instead, an error up to 2^-7 of each group's largest magnitude. Only with "exact".
     out : array, optional
         Where to put the result; exact shape and dtype, any strides but 0, no overlap with an input.
     input_dtype : "bfloat16", optional
@@ -106,14 +107,21 @@ def mxfp4_qmm_t(
 
     Notes
     -----
-    The result is the same bits for every number of threads, instruction set and M: a row of x gives the same alone or
-    in any batch.
+    With accumulate="exact" the result is the same bits for every number of threads, instruction set and M: a row of x
+    gives the same alone or in any batch.
 
-    The error of an output is at most the sum over its groups of 2^-p * max|x| * sum|W|, p = 22 for float32 x and 15 for
-    float16 and bfloat16, plus about one float32 rounding per group, as long as no scale is within a factor 2^31 of
-    overflowing float32. Weights are used as stored, scale * code, without rounding them first. Rows of x with NaN or
+    There the error of an output is at most the sum over its groups of 2^-p * max|x| * sum|W|, p = 22 for float32 x and
+    15 for float16 and bfloat16, plus about one float32 rounding per group, as long as no scale is within a factor 2^31
+    of overflowing float32. Weights are used as stored, scale * code, without rounding them first. Rows of x with NaN or
     infinities are computed by plain float32 sums in those groups, at the speed of scalar code; a NaN result is always
     the NaN with bits 0x7fc00000.
+
+    With accumulate="float" the result is the same bits for every number of threads, and each time, for given shapes on
+    one instruction set, but not across instruction sets or values of M. As long as no sum of |x| * |W|, or of |x| times
+    the numbers that codes stand for, overflows float32, its error is at most (min(K, 256) + K / 16 + 13) * 2^-24 *
+    sum(|x| * |W|), beside what underflow takes from products, and usually far less. NaN and infinities go where IEEE
+    arithmetic takes them, at full speed: an output that one has a share in is not finite, though it may be NaN where
+    exact arithmetic has an infinity, as where its code is 0.
 
     Scale 255 is infinity: a group of such a scale gives an infinity, or NaN where its sum of products is 0.
 
@@ -177,8 +185,8 @@ def mxfp4_qmm_n(
         N, checked against w.
     accumulate, activations, out, input_dtype
         As in `mxfp4_qmm_t`.
-        Here the products x * scale are formed in float32 and put into block fixed point, over blocks of 64 along K,
-        with 21 bits for float32 x.
+        With "exact", the products x * scale are formed in float32 here and put into block fixed point, over blocks of
+        64 along K, with 21 bits for float32 x.
 
     Returns
     -------
@@ -407,8 +415,8 @@ def mxfp8_qmm_t(
 
     Notes
     -----
-    The result is the same bits for every number of threads, instruction set and M: a row of x gives the same alone or
-    in any batch.
+    With accumulate="exact" the result is the same bits for every number of threads, instruction set and M: a row of x
+    gives the same alone or in any batch.
 
     Weights enter as scale * code, which is a float32 without rounding, and are infinite where it overflows. Sums are
     float32, and each product is fused with its addition; their order is fixed: in panels of 256 along K there are 16
@@ -687,12 +695,13 @@ def nvfp4_qmm_t(
     scales : array of uint8 or ml_dtypes' float8_e4m3fn, shape (..., N, K / 16)
     global_scale : float, optional
         What `nvfp4_quantize` was given.
-    accumulate : "exact"
-        x is put into block fixed point (22 bits for float32 x, 15 for float16 and bfloat16, relative to the largest
-        magnitude of each group), products are summed in integers, without error, and one float32 term per group is
-        added in a fixed order. "float" is refused.
+    accumulate : {"exact", "float"}
+        How sums are taken. "exact": x is put into block fixed point (22 bits for float32 x, 15 for float16 and
+        bfloat16, relative to the largest magnitude of each group), products are summed in integers, without error, and
+        one float32 term per group is added in a fixed order. "float": plain float32 sums, whatever x is, with the error
+        and the promises of such (see Notes).
     activations : "int8", optional
-        Lossy: uses 7 bits of x instead, an error up to 2^-7 of each group's largest magnitude.
+        Lossy: uses 7 bits of x instead, an error up to 2^-7 of each group's largest magnitude. Only with "exact".
     out : array, optional
         Where to put the result; exact shape and dtype, any strides but 0, no overlap with an input.
     input_dtype : "bfloat16", optional
@@ -713,14 +722,21 @@ def nvfp4_qmm_t(
 
     Notes
     -----
-    The result is the same bits for every number of threads, instruction set and M: a row of x gives the same alone or
-    in any batch.
+    With accumulate="exact" the result is the same bits for every number of threads, instruction set and M: a row of x
+    gives the same alone or in any batch.
 
-    The error of an output is at most the sum over its groups of 2^-p * max|x| * sum|W|, p = 22 for float32 x and 15 for
-    float16 and bfloat16, plus about one float32 rounding per group, as long as no scale is within a factor 2^31 of
-    overflowing float32. Weights are used as stored, scale * code, without rounding them first. Rows of x with NaN or
+    There the error of an output is at most the sum over its groups of 2^-p * max|x| * sum|W|, p = 22 for float32 x and
+    15 for float16 and bfloat16, plus about one float32 rounding per group, as long as no scale is within a factor 2^31
+    of overflowing float32. Weights are used as stored, scale * code, without rounding them first. Rows of x with NaN or
     infinities are computed by plain float32 sums in those groups, at the speed of scalar code; a NaN result is always
     the NaN with bits 0x7fc00000.
+
+    With accumulate="float" the result is the same bits for every number of threads, and each time, for given shapes on
+    one instruction set, but not across instruction sets or values of M. As long as no sum of |x| * |W|, or of |x| times
+    the numbers that codes stand for, overflows float32, its error is at most (min(K, 256) + K / 16 + 13) * 2^-24 *
+    sum(|x| * |W|), beside what underflow takes from products, and usually far less. NaN and infinities go where IEEE
+    arithmetic takes them, at full speed: an output that one has a share in is not finite, though it may be NaN where
+    exact arithmetic has an infinity, as where its code is 0.
 
     Scales 0x7f and 0xff are NaN. With a global scale, all results are multiplied by float32(global_scale / 2688) at the
     end.
@@ -789,8 +805,8 @@ def nvfp4_qmm_n(
         N, checked against w.
     global_scale, accumulate, activations, out, input_dtype
         As in `nvfp4_qmm_t`.
-        Here the products x * scale are formed in float32 and put into block fixed point, over blocks of 64 along K,
-        with 21 bits for float32 x.
+        With "exact", the products x * scale are formed in float32 here and put into block fixed point, over blocks of
+        64 along K, with 21 bits for float32 x.
 
     Returns
     -------

@@ -163,12 +163,11 @@ def chosen_peers(names: list[str] | None, stored: Stored) -> list[peers.Peer]:
 def our_cases(m: int, shape: Shape, stored: Stored, full: bool) -> Iterator[tuple[str, Variant, bool]]:
     """Yield operation, variant and whether the weights are cold, for one M.
 
-    Of small floats there is no float class, and mxfp8's x is never rounded to int8.
+    mxfp8 has no float class of its own, and its x is never rounded to int8.
     """
     op, mode = ours.product_name(stored, m), format_of(stored).mode
     variants: list[Variant] = [ours.EXACT, ours.BF16]
-    variants += [ours.INT8] if mode != "mxfp8" else []
-    variants += [ours.FLOAT] if mode == "affine" else []
+    variants += [ours.INT8, ours.FLOAT] if mode != "mxfp8" else []
     variants += [ours.F16] if full else []
     for variant in variants:
         yield op, variant, True
