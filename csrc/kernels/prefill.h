@@ -22,10 +22,15 @@ QZ_INLINE tile_codes codes_of_block(const panel_t *panel, int b, int block) {
     return codes;
 }
 
+#ifndef QZ_PANEL_FOLD
+#define QZ_PANEL_FOLD(bits) 1
+#endif
+
 /* Scales or biases of QZ_LANES weight rows become columns, from `first` on; each of the `blocks` blocks gets its
  * group's. */
-QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char *from, const ptrdiff_t rows[QZ_LANES],
-                            ptrdiff_t stride, qz_type type, int blocks, int per_group) {
+QZ_INLINE void load_columns_of_any(float (*to)[QZ_TILE_OUTPUTS], int first, const char *from,
+                                   const ptrdiff_t rows[QZ_LANES], ptrdiff_t stride, qz_type type, int blocks,
+                                   int per_group) {
     float numbers[QZ_LANES][QZ_PANEL_BLOCKS];
     for (int i = 0; i < QZ_LANES; i++) {
         QZ_NAME(load)(numbers[i], from + rows[i], stride, type, group_of(blocks + per_group - 1, per_group));
@@ -36,37 +41,144 @@ QZ_INLINE void load_columns(float (*to)[QZ_TILE_OUTPUTS], int first, const char 
     }
 }
 
+/* Where QZ_LANES weight rows begin, for a panel. */
+typedef struct rows_of_lanes {
+    const uint8_t *w[QZ_LANES];
+    ptrdiff_t scales[QZ_LANES], biases[QZ_LANES];
+} rows_of_lanes;
+
+#ifdef QZ_LOADS_SOME
+_Static_assert(2 * QZ_PANEL_BLOCKS <= QZ_LANES, "the groups of a panel fill half a vector");
+
+QZ_INLINE v_f32 load_some_scales(const char *from, ptrdiff_t count, qz_type type) {
+    const ptrdiff_t size = type == QZ_F32 ? 4 : type == QZ_F16 || type == QZ_BF16 ? 2 : 1;
+    const v_u8 bytes = load_some_u8((const uint8_t *)from, count * size);
+    uint8_t copy[QZ_VECTOR_BYTES];
+    if (type == QZ_F32) return f32_of_bits((v_i32)bytes);
+    store_u8(copy, bytes);
+    return size == 1 ? scales_of_bytes(copy, type) : load_floats((const char *)copy, 0, type);
+}
+
+/* Scales and biases of groups that are neighbours, all of one type, turned together. */
+QZ_INLINE void load_columns_of(panel_t *panel, int at, int first, const qz_scales *from, const rows_of_lanes *rows,
+                               qz_type type, int blocks, int per_group) {
+    const ptrdiff_t groups = group_of(blocks + per_group - 1, per_group);
+    v_f32 columns[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i++) {
+        const v_f32 scales = load_some_scales(from->scales + rows->scales[i], groups, type);
+        const v_f32 biases = load_some_scales(from->biases + rows->biases[i], groups, type);
+        columns[i] = join_lower_f32(scales, biases);
+    }
+    transpose_f32(columns);
+    QZ_UNROLL
+    for (int b = 0; b < QZ_PANEL_BLOCKS; b++) {
+        const int group = per_group == 1 ? b : b / 2;
+        if (b >= blocks) break;
+        store_f32(panel->scales[at + b] + first, columns[group]);
+        if (at + b < QZ_PANEL_BLOCKS) store_f32(panel->centred[at + b] + first, columns[QZ_LANES / 2 + group]);
+    }
+}
+
+/* Not inline: it is the same for all formats. Returns 0 where it does not serve. */
+static __attribute__((noinline)) int QZ_NAME(load_columns)(panel_t *panel, int at, int first, const qz_scales *from,
+                                                           const rows_of_lanes *rows, int blocks, int per_group) {
+    const ptrdiff_t stride = from->scale_group_stride;
+    if (from->scale_type != from->bias_type || stride != from->bias_group_stride) return 0;
+    if (from->scale_type == QZ_F32 && stride == 4) {
+        load_columns_of(panel, at, first, from, rows, QZ_F32, blocks, per_group);
+    } else if (from->scale_type == QZ_F16 && stride == 2) {
+        load_columns_of(panel, at, first, from, rows, QZ_F16, blocks, per_group);
+    } else if (from->scale_type == QZ_BF16 && stride == 2) {
+        load_columns_of(panel, at, first, from, rows, QZ_BF16, blocks, per_group);
+    } else if (from->scale_type == QZ_E8M0 && stride == 1) {
+        load_columns_of(panel, at, first, from, rows, QZ_E8M0, blocks, per_group);
+    } else if (from->scale_type == QZ_E4M3 && stride == 1) {
+        load_columns_of(panel, at, first, from, rows, QZ_E4M3, blocks, per_group);
+    } else {
+        return 0;
+    }
+    return 1;
+}
+#endif
+
+/* The same in any case; for formats without a bias, no biases. */
+QZ_INLINE void load_columns(panel_t *panel, int at, int first, const qz_scales *from, const rows_of_lanes *rows,
+                            int blocks, int per_group, int has_bias) {
+#ifdef QZ_LOADS_SOME
+    if (QZ_NAME(load_columns)(panel, at, first, from, rows, blocks, per_group)) return;
+#endif
+    load_columns_of_any(panel->scales + at, first, from->scales, rows->scales, from->scale_group_stride,
+                        from->scale_type, blocks, per_group);
+    if (!has_bias) return;
+    load_columns_of_any(panel->centred + at, first, from->biases, rows->biases, from->bias_group_stride,
+                        from->bias_type, blocks, per_group);
+}
+
+/* What becomes columns of a panel: QZ_VECTOR_BYTES codes of each row, of which `count` are there, or where
+ * QZ_PANEL_FOLD is not 1 as many bytes of packed codes. */
+QZ_INLINE void load_lines(v_f32 lines[QZ_LANES], const uint8_t *const w[QZ_LANES], ptrdiff_t place, ptrdiff_t count,
+                          int bits) {
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i++) {
+#ifdef QZ_LOADS_SOME
+        if (QZ_PANEL_FOLD(QZ_STORED_BITS(bits)) > 1) {
+            lines[i] = f32_of_bits((v_i32)load_some_u8(w[i] + place, count * QZ_STORED_BITS(bits) / 8));
+            continue;
+        }
+#endif
+        lines[i] = f32_of_bits((v_i32)unpack_line(w[i] + place, bits, count));
+    }
+}
+
+QZ_INLINE void store_quads_of(uint8_t *to, v_f32 column, ptrdiff_t pitch, int bits) {
+#ifdef QZ_LOADS_SOME
+    const int fold = QZ_PANEL_FOLD(QZ_STORED_BITS(bits));
+    QZ_UNROLL
+    for (int f = 0; f < fold && fold > 1; f++) {
+        const v_u8 codes = folded_codes((v_u8)bits_of_f32(column), f, QZ_STORED_BITS(bits));
+        store_u8(to + f * pitch, as_multiplied(codes, bits));
+    }
+    if (fold > 1) return;
+#endif
+    (void)pitch, (void)bits;
+    store_f32((float *)to, column);
+}
+
+/* The codes of QZ_LANES weight rows, `count` from w[i] on, as quads of neighbouring outputs. Where QZ_PANEL_FOLD is not
+ * 1, four bytes of a row hold as many quads, each of every QZ_PANEL_FOLD-th code (see fold_block). */
+QZ_INLINE void load_quads(uint8_t *to, const uint8_t *const w[QZ_LANES], ptrdiff_t count, int bits) {
+    const int fold = QZ_PANEL_FOLD(QZ_STORED_BITS(bits)), step = fold * QZ_VECTOR_BYTES;
+    const ptrdiff_t pitch = 4 * QZ_TILE_OUTPUTS;
+    for (ptrdiff_t k = 0; k < count; k += step) {
+        const ptrdiff_t place = k * QZ_STORED_BITS(bits) / 8;
+        v_f32 lines[QZ_LANES];
+        if (count - k >= step) {
+            load_lines(lines, w, place, step, bits);
+        } else {
+            load_lines(lines, w, place, count - k, bits);
+        }
+        transpose_f32(lines);
+        QZ_UNROLL
+        for (int i = 0; i < QZ_LANES; i++) store_quads_of(to + (k / 4 + i * fold) * pitch, lines[i], pitch, bits);
+    }
+}
+
 /* The codes and scales of QZ_LANES weight rows, to block `at` of the panel; the last of the job stands in for those
  * beyond. */
 QZ_INLINE void load_panel_rows(panel_t *panel, int at, int first_output, const qz_matmul_job *job, ptrdiff_t row,
                                ptrdiff_t first, int blocks, int bits, int block, int per_group) {
     const qz_scales *from = &job->scales;
-    const ptrdiff_t group = group_of(first, per_group), count = blocks * block;
-    const uint8_t *w[QZ_LANES];
-    ptrdiff_t scales[QZ_LANES], biases[QZ_LANES];
+    const ptrdiff_t group = group_of(first, per_group);
+    rows_of_lanes rows;
     for (int i = 0; i < QZ_LANES; i++) {
         const ptrdiff_t r = row + i < job->rows ? row + i : job->rows - 1;
-        w[i] = job->w + r * job->w_row_stride + first * block * QZ_STORED_BITS(bits) / 8;
-        scales[i] = r * from->scale_row_stride + group * from->scale_group_stride;
-        biases[i] = r * from->bias_row_stride + group * from->bias_group_stride;
+        rows.w[i] = job->w + r * job->w_row_stride + first * block * QZ_STORED_BITS(bits) / 8;
+        rows.scales[i] = r * from->scale_row_stride + group * from->scale_group_stride;
+        rows.biases[i] = r * from->bias_row_stride + group * from->bias_group_stride;
     }
-    for (ptrdiff_t k = 0; k < count; k += QZ_VECTOR_BYTES) {
-        v_f32 codes[QZ_LANES];
-        QZ_UNROLL
-        for (int i = 0; i < QZ_LANES; i++) {
-            codes[i] = f32_of_bits((v_i32)unpack_line(w[i] + k * QZ_STORED_BITS(bits) / 8, bits, count - k));
-        }
-        transpose_f32(codes);
-        QZ_UNROLL
-        for (int i = 0; i < QZ_LANES; i++) {
-            store_f32((float *)(panel->quads[at * block / 4 + k / 4 + i] + 4 * first_output), codes[i]);
-        }
-    }
-    load_columns(panel->scales + at, first_output, from->scales, scales, from->scale_group_stride, from->scale_type,
-                 blocks, per_group);
-    if (!QZ_HAS_BIAS(bits)) return;
-    load_columns(panel->centred + at, first_output, from->biases, biases, from->bias_group_stride, from->bias_type,
-                 blocks, per_group);
+    load_quads(panel->quads[at * block / 4] + 4 * first_output, rows.w, blocks * block, bits);
+    load_columns(panel, at, first_output, from, &rows, blocks, per_group, QZ_HAS_BIAS(bits));
 }
 
 /* Outputs [column, column + QZ_TILE_OUTPUTS) of the job, and `blocks` blocks from `first` on, to block `at` of the
@@ -99,46 +211,147 @@ QZ_INLINE void load_panel_t(panel_t *panel, int at, const qz_matmul_job *job, pt
     }
 }
 
+/* What the outputs of a tile have for a block: loaded once for all rows, since stores to y might change it, as
+ * compilers see. */
+typedef struct tile_columns {
+    v_f32 scales[QZ_TILE_VECTORS], centred[QZ_TILE_VECTORS];
+    v_i32 excess[QZ_TILE_VECTORS];
+} tile_columns;
+
+QZ_INLINE tile_columns columns_of_block(const panel_t *panel, int b, int bits, int digits, int wide) {
+    tile_columns c;
+    QZ_UNROLL
+    for (int v = 0; v < QZ_TILE_VECTORS; v++) {
+        c.scales[v] = load_f32(panel->scales[b] + v * QZ_LANES);
+        if (QZ_HAS_BIAS(bits)) c.centred[v] = load_f32(panel->centred[b] + v * QZ_LANES);
+        if (wide && has_pairs(bits, digits)) c.excess[v] = load_i32(panel->excess[b] + v * QZ_LANES);
+    }
+    return c;
+}
+
 /* y = y + (Gf * s + (b + c s) * S) * 2^e for one row of x, whose numbers for the block are `x` at `at`. Without a bias,
  * y + Gf * s * 2^e. */
-QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, const panel_t *panel, int b,
-                              const planes *x, ptrdiff_t at, int bits, int digits, int wide) {
+QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, const tile_columns *c, const planes *x,
+                              ptrdiff_t at, int bits, int digits, int wide) {
     const chunk_numbers *numbers = numbers_at(x, at);
     const int lane = lane_of(at);
     QZ_UNROLL
     for (int v = 0; v < QZ_TILE_VECTORS; v++) {
         v_i32 sum = low[v];
-        if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, load_i32(panel->excess[b] + v * QZ_LANES));
+        if (wide && has_pairs(bits, digits)) sum = sub_i32(sum, c->excess[v]);
         v_f32 dot =
             float_of_dots(sum, high + v, set1_i32(numbers->offset[lane]), set1_i32(numbers->offset_high[lane]), wide);
-        v_f32 scaled = mul_f32(dot, load_f32(panel->scales[b] + v * QZ_LANES));
+        v_f32 scaled = mul_f32(dot, c->scales[v]);
         if (QZ_HAS_BIAS(bits)) {
-            const v_f32 sum = set1_f32(numbers->sum[lane]);
-            scaled = add_f32(scaled, mul_f32(load_f32(panel->centred[b] + v * QZ_LANES), sum));
+            scaled = add_f32(scaled, mul_f32(c->centred[v], set1_f32(numbers->sum[lane])));
         }
         const v_f32 term = mul_f32(scaled, set1_f32(numbers->scale[lane]));
         store_f32(y + v * QZ_LANES, add_f32(load_f32(y + v * QZ_LANES), term));
     }
 }
 
-/* A panel against QZ_TILE_M rows of x from `prepared` on, of which `rows` count; the last stands in for the others. */
-QZ_INLINE void multiply_panel_t(float *y, ptrdiff_t pitch, const panel_t *panel, const char *prepared,
-                                ptrdiff_t x_stride, ptrdiff_t k, ptrdiff_t first, int blocks, ptrdiff_t rows, int bits,
-                                int block, int digits) {
-    const int wide = is_wide(bits, block, digits), bytes = strip_bytes(bits, digits);
+/* A panel, or its first blocks, against rows of x that follow each other. */
+typedef struct panel_rows {
+    float *y;
+    ptrdiff_t y_stride;
+    const panel_t *panel;
+    const char *x; /* the first row as prepared, for k */
+    ptrdiff_t x_stride, k, first;
+    int blocks, rows, block, digits;
+} panel_rows;
+
+/* `rows` is at least t->rows; the last row stands in for those beyond. Of the format only what a tile asks for matters:
+ * whether it is wide and whether it has a bias. */
+QZ_INLINE void multiply_rows_t(const panel_rows *t, int rows, int bits, int block, int digits, int wide) {
+    const int bytes = strip_bytes(bits, digits);
     planes x[QZ_TILE_M];
     const int8_t *strips[QZ_TILE_M];
-    for (ptrdiff_t r = 0; r < QZ_TILE_M; r++) {
-        x[r] = planes_at(prepared + (r < rows ? r : rows - 1) * x_stride, k, block, bytes);
+    QZ_UNROLL
+    for (int r = 0; r < rows; r++) {
+        x[r] = planes_at(t->x + (r < t->rows ? r : t->rows - 1) * t->x_stride, t->k, block, bytes);
         strips[r] = x[r].digits;
     }
-    for (int b = 0; b < blocks; b++) {
+    for (int b = 0; b < t->blocks; b++) {
         tile_sums low, high;
-        sum_tile(low, high, codes_of_block(panel, b, block), strips, (first + b) * block * bytes, QZ_TILE_M, bits,
-                 block, digits, wide);
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            add_tile_terms(y + r * pitch, low[r], high[r], panel, b, &x[r], first + b, bits, digits, wide);
+        const ptrdiff_t at = t->first + b;
+        sum_tile(low, high, codes_of_block(t->panel, b, block), strips, at * block * bytes, rows, bits, block, digits,
+                 wide);
+        const tile_columns columns = columns_of_block(t->panel, b, bits, digits, wide);
+        QZ_UNROLL
+        for (int r = 0; r < rows; r++) {
+            if (r >= t->rows) break;
+            add_tile_terms(t->y + r * t->y_stride, low[r], high[r], &columns, &x[r], at, bits, digits, wide);
         }
+    }
+}
+
+#ifdef QZ_TILES_FOR_ALL
+/* Formats share tiles, of as many rows as are there. 4, 8 and QZ_FP4 stand for their kind: narrow, wide, no bias. */
+typedef void tile_kernel(const panel_rows *t);
+#define QZ_DEFINE_TILE(count, bits, kind, wide)                                                    \
+    static __attribute__((noinline)) void QZ_NAME(tile_##kind##_##count)(const panel_rows *from) { \
+        panel_rows t = *from;                                                                      \
+        t.rows = count;                                                                            \
+        QZ_ASSUME(t.block % 16 == 0 && t.block > 0 && t.blocks > 0);                               \
+        multiply_rows_t(&t, count, bits, t.block, (wide) ? 3 : t.digits, wide);                    \
+    }
+#define QZ_DEFINE_TILES(...)       \
+    QZ_DEFINE_TILE(1, __VA_ARGS__) \
+    QZ_DEFINE_TILE(2, __VA_ARGS__) \
+    QZ_DEFINE_TILE(3, __VA_ARGS__) \
+    QZ_DEFINE_TILE(4, __VA_ARGS__) \
+    QZ_DEFINE_TILE(5, __VA_ARGS__) \
+    QZ_DEFINE_TILE(6, __VA_ARGS__) \
+    QZ_DEFINE_TILE(7, __VA_ARGS__) \
+    QZ_DEFINE_TILE(8, __VA_ARGS__)
+QZ_DEFINE_TILES(4, narrow, 0)
+QZ_DEFINE_TILES(8, wide, 1)
+QZ_DEFINE_TILES(QZ_FP4, no_bias, 0)
+#define QZ_TILES(kind)                                                                                       \
+    {QZ_NAME(tile_##kind##_1), QZ_NAME(tile_##kind##_2), QZ_NAME(tile_##kind##_3), QZ_NAME(tile_##kind##_4), \
+     QZ_NAME(tile_##kind##_5), QZ_NAME(tile_##kind##_6), QZ_NAME(tile_##kind##_7), QZ_NAME(tile_##kind##_8)}
+static tile_kernel *const QZ_NAME(tiles)[3][QZ_TILE_M] = {QZ_TILES(narrow), QZ_TILES(wide), QZ_TILES(no_bias)};
+
+QZ_INLINE void multiply_panel_t(const panel_rows *t, int bits, int block, int digits) {
+    const int kind = !QZ_HAS_BIAS(bits) ? 2 : is_wide(bits, block, digits);
+    QZ_NAME(tiles)[kind][t->rows - 1](t);
+}
+#else
+QZ_INLINE void multiply_panel_t(const panel_rows *t, int bits, int block, int digits) {
+    multiply_rows_t(t, QZ_TILE_M, bits, block, digits, is_wide(bits, block, digits));
+}
+#endif
+
+/* Rows of the next tile where `left` are left: the last two are about equally high. */
+QZ_INLINE int rows_of_tile(ptrdiff_t left) {
+    return left >= 2 * QZ_TILE_M ? QZ_TILE_M : left > QZ_TILE_M ? (int)((left + 1) / 2) : (int)left;
+}
+
+/* Fetches what the panel after that of `column` and `first` is made of: lines here and there, which hardware does not
+ * foresee. After the last one the rows that follow those of the job. */
+QZ_INLINE void prefetch_next_panel(const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first, int bits, int block,
+                                   int per_group) {
+    const qz_scales *from = &job->scales;
+    column += QZ_TILE_OUTPUTS;
+    if (column >= job->rows) {
+        first += QZ_PANEL_BLOCKS;
+        column = 0;
+    }
+    if (first * block >= job->columns) {
+        first = 0;
+        column = job->rows;
+    }
+    const ptrdiff_t group = group_of(first, per_group);
+    const uint8_t *w = job->w + column * job->w_row_stride + first * block * QZ_STORED_BITS(bits) / 8;
+    const char *s = from->scales + column * from->scale_row_stride + group * from->scale_group_stride;
+    const char *b = from->biases + column * from->bias_row_stride + group * from->bias_group_stride;
+    for (int r = 0; r < QZ_TILE_OUTPUTS; r++) {
+        for (int i = 0; i < QZ_PANEL_BLOCKS * block * QZ_STORED_BITS(bits) / 8; i += 64) prefetch(w + i);
+        prefetch(s);
+        if (QZ_HAS_BIAS(bits)) prefetch(b);
+        w += job->w_row_stride;
+        s += from->scale_row_stride;
+        b += from->bias_row_stride;
     }
 }
 
@@ -146,15 +359,18 @@ QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digi
     const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
     panel_t panel;
     const ptrdiff_t blocks = job->columns / block;
+    panel_rows t = {NULL, job->y_stride, &panel, NULL, job->x_stride, job->columns, 0, 0, 0, block, digits};
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
-    for (ptrdiff_t first = 0; first < blocks; first += QZ_PANEL_BLOCKS) {
-        const int some = blocks - first < QZ_PANEL_BLOCKS ? (int)(blocks - first) : QZ_PANEL_BLOCKS;
+    for (t.first = 0; t.first < blocks; t.first += QZ_PANEL_BLOCKS) {
+        t.blocks = blocks - t.first < QZ_PANEL_BLOCKS ? (int)(blocks - t.first) : QZ_PANEL_BLOCKS;
         for (ptrdiff_t column = 0; column < job->rows; column += QZ_TILE_OUTPUTS) {
-            load_panel_t(&panel, 0, job, column, first, some, bits, block, per_group, digits);
-            for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
-                const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
-                multiply_panel_t(job->y + m * job->y_stride + column, job->y_stride, &panel, job->x + m * job->x_stride,
-                                 job->x_stride, job->columns, first, some, rows, bits, block, digits);
+            load_panel_t(&panel, 0, job, column, t.first, t.blocks, bits, block, per_group, digits);
+            prefetch_next_panel(job, column, t.first, bits, block, per_group);
+            for (ptrdiff_t m = 0; m < job->m; m += t.rows) {
+                t.rows = rows_of_tile(job->m - m);
+                t.y = job->y + m * job->y_stride + column;
+                t.x = job->x + m * job->x_stride;
+                multiply_panel_t(&t, bits, block, digits);
             }
         }
     }
@@ -165,6 +381,18 @@ QZ_INLINE size_t strips_size(ptrdiff_t k, int bits, int block, int digits) {
     return planes_size(k, block, strip_bytes(bits, digits));
 }
 
+/* A block in the order of a panel's quads. */
+QZ_INLINE void fold_block(int32_t *v, int block, int fold) {
+    int32_t copy[QZ_MAX_BLOCK];
+    if (fold == 1) return;
+    memcpy(copy, v, (size_t)block * sizeof *v);
+    for (int i = 0; i < block; i += 4 * fold) {
+        for (int f = 0; f < fold; f++) {
+            for (int j = 0; j < 4; j++) v[i + 4 * f + j] = copy[i + fold * j + f];
+        }
+    }
+}
+
 QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
     const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
     const int bytes = strip_bytes(bits, digits);
@@ -173,6 +401,7 @@ QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bi
         int32_t v[QZ_MAX_BLOCK], high, offset, offset_high;
         float scale;
         if (!fixed_point(v, x + b * block, block, p, &scale)) return 0;
+        fold_block(v, block, QZ_PANEL_FOLD(QZ_STORED_BITS(bits)));
         const ptrdiff_t place = strip_place(b, k / block, bits, block);
         const int32_t sum = store_strip(to.digits + place * block * bytes, v, block, bits, digits, wide, &high);
         set_strip_offsets(&offset, &offset_high, sum, high, bits, digits, wide);

@@ -7,11 +7,9 @@
 
 #ifndef QZ_PAIRS
 #define QZ_PAIRS 0
-#define QZ_QUADS_TOGETHER(bits, most) QZ_MAX_BLOCK
 typedef v_i32 v_sums;
 static inline v_sums no_sums(void) { return set1_i32(0); }
 static inline v_sums add_quad(v_sums sum, v_u8 codes, v_u8 digits, int bits) { return dot4(sum, codes, digits, bits); }
-static inline v_i32 widen_sums(v_i32 sum, v_sums some) { return add_i32(sum, some); }
 #endif
 
 static inline v_u8 broadcast_four(const int8_t *from) {
@@ -73,32 +71,46 @@ QZ_INLINE void set_strip_offsets(int32_t *offset, int32_t *offset_high, int32_t 
     *offset_high = wide ? (int32_t)top : 0;
 }
 
+/* Adds the products of quad k of all outputs. */
+QZ_INLINE void add_one_quad(v_sums sum[QZ_TILE_M][QZ_TILE_VECTORS], tile_codes codes, const int8_t *const *x,
+                            ptrdiff_t at, int k, int rows, int bits) {
+    v_u8 code[QZ_TILE_VECTORS];
+    QZ_UNROLL
+    for (int v = 0; v < QZ_TILE_VECTORS; v++) code[v] = load_u8(codes.quads + k * codes.pitch + v * QZ_VECTOR_BYTES);
+    QZ_UNROLL
+    for (int r = 0; r < rows; r++) {
+        const v_u8 digit = broadcast_four(x[r] + at + 4 * k);
+        QZ_UNROLL
+        for (int v = 0; v < QZ_TILE_VECTORS; v++) sum[r][v] = add_quad(sum[r][v], code[v], digit, QZ_DOT_BITS(bits));
+    }
+}
+
+QZ_INLINE void clear_sums_of_tile(v_sums sum[QZ_TILE_M][QZ_TILE_VECTORS], int rows) {
+    QZ_UNROLL
+    for (int r = 0; r < rows; r++) {
+        QZ_UNROLL
+        for (int v = 0; v < QZ_TILE_VECTORS; v++) sum[r][v] = no_sums();
+    }
+}
+
+QZ_INLINE void shift_sums(tile_sums sums, int rows, int by) {
+    QZ_UNROLL
+    for (int r = 0; r < rows; r++) {
+        QZ_UNROLL
+        for (int v = 0; v < QZ_TILE_VECTORS; v++) sums[r][v] = shl_i32(sums[r][v], by);
+    }
+}
+
+#if QZ_PAIRS
 /* Adds the dots of a block with one digit, which stands at x[r] + at and is at most `most` in magnitude. */
 QZ_INLINE void add_quads(tile_sums sums, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows, int quads,
                          int bits, int most) {
-    (void)most; /* where all fit */
     const int fit = QZ_QUADS_TOGETHER(QZ_DOT_BITS(bits), most), together = fit < quads ? fit : quads;
     for (int begin = 0; begin < quads; begin += together) {
         v_sums sum[QZ_TILE_M][QZ_TILE_VECTORS];
-        QZ_UNROLL
-        for (int r = 0; r < rows; r++) {
-            QZ_UNROLL
-            for (int v = 0; v < QZ_TILE_VECTORS; v++) sum[r][v] = no_sums();
-        }
+        clear_sums_of_tile(sum, rows);
         QZ_UNROLL_BY_4
-        for (int k = begin; k < begin + together; k++) {
-            v_u8 code[QZ_TILE_VECTORS];
-            QZ_UNROLL
-            for (int v = 0; v < QZ_TILE_VECTORS; v++)
-                code[v] = load_u8(codes.quads + k * codes.pitch + v * QZ_VECTOR_BYTES);
-            QZ_UNROLL
-            for (int r = 0; r < rows; r++) {
-                const v_u8 digit = broadcast_four(x[r] + at + 4 * k);
-                QZ_UNROLL
-                for (int v = 0; v < QZ_TILE_VECTORS; v++)
-                    sum[r][v] = add_quad(sum[r][v], code[v], digit, QZ_DOT_BITS(bits));
-            }
-        }
+        for (int k = begin; k < begin + together; k++) add_one_quad(sum, codes, x, at, k, rows, bits);
         QZ_UNROLL
         for (int r = 0; r < rows; r++) {
             QZ_UNROLL
@@ -107,7 +119,6 @@ QZ_INLINE void add_quads(tile_sums sums, tile_codes codes, const int8_t *const *
     }
 }
 
-#if QZ_PAIRS
 QZ_INLINE void add_pairs(tile_sums sums, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows, int pairs) {
     v_i32 sum[QZ_TILE_M][QZ_TILE_VECTORS];
     QZ_UNROLL
@@ -133,38 +144,55 @@ QZ_INLINE void add_pairs(tile_sums sums, tile_codes codes, const int8_t *const *
         for (int v = 0; v < QZ_TILE_VECTORS; v++) sums[r][v] = sum[r][v];
     }
 }
-#endif
-
-QZ_INLINE void shift_sums(tile_sums sums, int rows, int by) {
+#else
+/* Sums the dots of digits `top` to `last` of a block, each of which counts 256-fold what the next one does. The sums
+ * stay in registers until they are whole: compilers move arrays to memory that outlive a loop. Of few rows those of
+ * even and of odd quads are apart, since there are too few otherwise to hide what a dot takes. */
+QZ_INLINE void sum_digits(tile_sums sums, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows, int bits,
+                          int block, int top, int last) {
+    const int chains = rows <= QZ_TILE_M / 2 ? 2 : 1;
+    v_i32 sum[2][QZ_TILE_M][QZ_TILE_VECTORS];
+    clear_sums_of_tile(sum[0], rows);
+    clear_sums_of_tile(sum[1], rows);
+    for (int d = top;; d--) {
+        for (int k = 0; k < block / 4; k += 2) {
+            add_one_quad(sum[0], codes, x, at + d * block, k, rows, bits);
+            add_one_quad(sum[chains - 1], codes, x, at + d * block, k + 1, rows, bits);
+        }
+        if (d == last) break;
+        shift_sums(sum[0], rows, 8);
+        if (chains == 2) shift_sums(sum[1], rows, 8);
+    }
     QZ_UNROLL
     for (int r = 0; r < rows; r++) {
         QZ_UNROLL
-        for (int v = 0; v < QZ_TILE_VECTORS; v++) sums[r][v] = shl_i32(sums[r][v], by);
+        for (int v = 0; v < QZ_TILE_VECTORS; v++)
+            sums[r][v] = chains == 2 ? add_i32(sum[0][r][v], sum[1][r][v]) : sum[0][r][v];
     }
 }
+#endif
 
 /* The dots of one block: in low all of it, or in wide formats the two low digits, in high the top one. */
 QZ_INLINE void sum_tile(tile_sums low, tile_sums high, tile_codes codes, const int8_t *const *x, ptrdiff_t at, int rows,
                         int bits, int block, int digits, int wide) {
+#if QZ_PAIRS
     QZ_UNROLL
     for (int r = 0; r < rows; r++) {
         QZ_UNROLL
         for (int v = 0; v < QZ_TILE_VECTORS; v++) low[r][v] = high[r][v] = set1_i32(0);
     }
-#if QZ_PAIRS
-    if (has_pairs(bits, digits)) {
-        /* |v| < 2^22, so that the top digit is at most 64. */
-        if (digits == 3) add_quads(wide ? high : low, codes, x, at + 2 * block, rows, block / 4, bits, 64);
-        if (digits == 3 && !wide) shift_sums(low, rows, 16);
-        add_pairs(low, codes, x, at, rows, block / 2);
+    if (!has_pairs(bits, digits)) {
+        add_quads(low, codes, x, at, rows, block / 4, bits, 128);
         return;
     }
+    /* |v| < 2^22, so that the top digit is at most 64. */
+    if (digits == 3) add_quads(wide ? high : low, codes, x, at + 2 * block, rows, block / 4, bits, 64);
+    if (digits == 3 && !wide) shift_sums(low, rows, 16);
+    add_pairs(low, codes, x, at, rows, block / 2);
+#else
+    if (wide) sum_digits(high, codes, x, at, rows, bits, block, 2, 2);
+    sum_digits(low, codes, x, at, rows, bits, block, wide ? 1 : digits - 1, 0);
 #endif
-    if (wide) add_quads(high, codes, x, at + 2 * block, rows, block / 4, bits, 64);
-    for (int d = wide ? 1 : digits - 1; d >= 0; d--) {
-        add_quads(low, codes, x, at + d * block, rows, block / 4, bits, 128);
-        if (d > 0) shift_sums(low, rows, 8);
-    }
 }
 
 #if QZ_PAIRS

@@ -202,6 +202,15 @@ QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count)
     return bits == 8 ? bytes : take_codes(bytes, bits);
 }
 
+/* So many bytes, and zeros after them. */
+#define QZ_LOADS_SOME
+static inline v_u8 load_some_u8(const uint8_t *from, ptrdiff_t count) {
+    return count >= 64 ? load_u8(from) : _mm512_maskz_loadu_epi8(((uint64_t)1 << count) - 1, from);
+}
+
+/* The lower halves of both. */
+static inline v_f32 join_lower_f32(v_f32 a, v_f32 b) { return _mm512_shuffle_f32x4(a, b, 0x44); }
+
 static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), codes);
 }
@@ -221,6 +230,15 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     }
 }
 
+/* Panels are transposed before they are unpacked, which saves most of the shuffles; 32 codes at most are then out of
+ * order, the smallest block. */
+#define QZ_PANEL_FOLD(bits) ((bits) == 1 ? 8 : QZ_FOLD(bits))
+/* Codes `index`, index + QZ_PANEL_FOLD(bits), ... */
+QZ_INLINE v_u8 folded_codes(v_u8 packed, int index, int bits) {
+    return _mm512_and_si512(_mm512_srli_epi32(packed, (unsigned)(index * bits)),
+                            _mm512_set1_epi8((char)((1 << bits) - 1)));
+}
+
 static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += 64) {
         ptrdiff_t some = count - i < 64 ? count - i : 64; /* a multiple of 8 */
@@ -229,10 +247,11 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
     }
 }
 
-/* Tiles: eight rows of x by two vectors, 16 sums, as many as hide the latency of VPDPBUSD; more rows would need more
- * addresses than there are registers for them. */
+/* Tiles: eight rows of x by two vectors, 16 sums, twice as many as hide the latency of VPDPBUSD. Codes of every width
+ * are multiplied alike. */
 #define QZ_TILE_M 8
 #define QZ_TILE_VECTORS 2
+#define QZ_TILES_FOR_ALL
 
 /* The float class of matmul. */
 
