@@ -83,6 +83,13 @@ QZ_INLINE v_codes codes_at(const uint8_t *from, ptrdiff_t j, const qz_kv_block *
     return codes_of_64(from, bits);
 }
 
+/* Asks for so many codes of the row that is a call's positions after one. */
+QZ_INLINE void prefetch_ahead(const uint8_t *codes, const qz_kv_block *k, ptrdiff_t count, int bits) {
+    const uint8_t *ahead = codes + k->positions * k->stride;
+    QZ_UNROLL
+    for (ptrdiff_t at = 0; at < count / 8 * bits; at += 64) prefetch(ahead + at);
+}
+
 /* Decodes rows into a panel, each to whole units. */
 QZ_INLINE void fill_panel(float *panel, ptrdiff_t pitch, const qz_kv_block *k, ptrdiff_t first, ptrdiff_t count,
                           const v_centroids *c, int bits, int is_wide) {
@@ -91,6 +98,7 @@ QZ_INLINE void fill_panel(float *panel, ptrdiff_t pitch, const qz_kv_block *k, p
         for (ptrdiff_t j = 0; j < pitch; j += UNIT) {
             const int is_rest = k->length - j < UNIT;
             const v_codes codes = is_rest ? codes_at(from, j, k, bits, 1) : codes_at(from, j, k, bits, 0);
+            prefetch_ahead(from + j / 8 * bits, k, UNIT, bits);
             QZ_UNROLL
             for (int half = 0; half < 2; half++) {
                 v_f32 values[HALF_VECTORS];
@@ -101,12 +109,6 @@ QZ_INLINE void fill_panel(float *panel, ptrdiff_t pitch, const qz_kv_block *k, p
             }
         }
     }
-}
-
-/* Asks for the row that is a call's positions ahead. */
-QZ_INLINE void prefetch_row(const qz_kv_block *k, ptrdiff_t position, ptrdiff_t bytes) {
-    const uint8_t *ahead = k->codes + (position + k->positions) * k->stride;
-    for (ptrdiff_t at = 0; at < bytes; at += 64) prefetch(ahead + at);
 }
 
 /* ---- scores ---- */
@@ -132,6 +134,7 @@ QZ_INLINE void add_unit(v_f32 (*sums)[CHAIN_VECTORS], const uint8_t *from, ptrdi
         for (int p = 0; p < positions; p++) {
             v_f32 values[HALF_VECTORS];
             centroids_of_32(values, codes_at(from + p * k->stride, j, k, bits, is_rest), c, bits, is_wide, half);
+            if (half == 0) prefetch_ahead(from + p * k->stride + j / 8 * bits, k, UNIT, bits);
             QZ_UNROLL
             for (int v = 0; v < HALF_VECTORS; v++) {
                 v_f32 *sum = &sums[p][v % CHAIN_VECTORS];
@@ -158,16 +161,16 @@ QZ_INLINE void chains_of_codes(float *chains, const uint8_t *from, const qz_kv_b
 }
 
 /* One row. */
-QZ_INLINE void score_one(const qz_kv_block *k, const float *q, float *scores, int bits, int is_wide) {
+QZ_INLINE void score_one(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
     enum { TOGETHER = QZ_SCORE_TOGETHER };
     const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t bytes = bytes_of_codes(k, k->length);
-    float chains[QZ_LANES * QZ_LANES] = {0};
+    const float *q = rows->data;
+    _Alignas(64) float chains[QZ_LANES * QZ_LANES];
     for (ptrdiff_t first = 0; first < k->positions; first += QZ_LANES) {
         const ptrdiff_t count = k->positions - first < QZ_LANES ? k->positions - first : QZ_LANES;
+        if (count < QZ_LANES) memset(chains, 0, sizeof chains); /* all lanes are added up */
         const uint8_t *from = k->codes + first * k->stride;
         ptrdiff_t i = 0;
-        for (ptrdiff_t p = 0; p < count; p++) prefetch_row(k, first + p, bytes);
         for (; i + TOGETHER <= count; i += TOGETHER)
             chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, &c, bits, is_wide, TOGETHER);
         for (; i < count; i++) chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, &c, bits, is_wide, 1);
@@ -255,17 +258,12 @@ QZ_INLINE void score_panel(const qz_kv_block *k, const qz_kv_rows *rows, float *
     }
 }
 
-QZ_INLINE void score(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
-    if (rows->count == 1) {
-        score_one(k, rows->data, scores, bits, is_wide);
-        return;
-    }
+QZ_INLINE void score_several(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
     const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch), bytes = bytes_of_codes(k, k->length);
+    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch);
     _Alignas(64) float panel[PANEL_FLOATS];
     for (ptrdiff_t first = 0; first < k->positions; first += most) {
         const ptrdiff_t count = k->positions - first < most ? k->positions - first : most;
-        for (ptrdiff_t i = 0; i < count; i++) prefetch_row(k, first + i, bytes);
         fill_panel(panel, pitch, k, first, count, &c, bits, is_wide);
         score_panel(k, rows, scores, panel, pitch, first, count);
     }
@@ -299,6 +297,7 @@ QZ_INLINE void weigh_strip(const qz_kv_block *k, const float *weights, float *to
     for (int v = 0; v < halves * HALF_VECTORS; v++) sums[v] = load_f32(to + v * QZ_LANES);
     for (ptrdiff_t i = 0; i < k->positions; i++, from += k->stride) {
         const v_f32 weight = set1_f32(weights[i]);
+        prefetch_ahead(from + j / 8 * bits, k, (half + halves) * UNIT / 2, bits);
         QZ_UNROLL
         for (int h = 0; h < halves; h++) {
             const v_codes codes = codes_at(from, j + (half + h) / 2 * UNIT, k, bits, is_rest);
@@ -323,13 +322,13 @@ QZ_INLINE void weigh_unit(const qz_kv_block *k, const float *weights, float *to,
     }
 }
 
-QZ_INLINE void weigh_one(const qz_kv_block *k, const float *weights, float *to, int bits, int is_wide) {
+QZ_INLINE void weigh_one(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits, int is_wide) {
     const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t bytes = bytes_of_codes(k, k->length), step = QZ_WEIGH_HALVES / 2 * UNIT;
+    const ptrdiff_t step = QZ_WEIGH_HALVES / 2 * UNIT;
     _Alignas(64) float scaled[QZ_ATTENTION_TILE];
+    float *to = rows->data;
     ptrdiff_t j = 0;
     scale_weights(scaled, weights, k->scales);
-    for (ptrdiff_t i = 0; i < k->positions; i++) prefetch_row(k, i, bytes);
     for (; step > UNIT && j + step <= k->length; j += step)
         weigh_strip(k, scaled, to, j, &c, bits, is_wide, 0, QZ_WEIGH_HALVES, 0);
     for (; j + UNIT <= k->length; j += UNIT) weigh_unit(k, scaled, to, j, &c, bits, is_wide, 0);
@@ -388,19 +387,15 @@ QZ_INLINE void weigh_panel(const qz_kv_rows *rows, const float *weights, const f
     }
 }
 
-QZ_INLINE void weigh(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits, int is_wide) {
-    if (rows->count == 1) {
-        weigh_one(k, weights, rows->data, bits, is_wide);
-        return;
-    }
+QZ_INLINE void weigh_several(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits,
+                             int is_wide) {
     const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch), bytes = bytes_of_codes(k, k->length);
+    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch);
     _Alignas(64) float panel[PANEL_FLOATS], scaled[QZ_ATTENTION_ROWS * QZ_ATTENTION_TILE];
     for (ptrdiff_t row = 0; row < rows->count; row++)
         scale_weights(scaled + row * QZ_ATTENTION_TILE, weights + row * QZ_ATTENTION_TILE, k->scales);
     for (ptrdiff_t first = 0; first < k->positions; first += most) {
         const ptrdiff_t count = k->positions - first < most ? k->positions - first : most;
-        for (ptrdiff_t i = 0; i < count; i++) prefetch_row(k, first + i, bytes);
         fill_panel(panel, pitch, k, first, count, &c, bits, is_wide);
         weigh_panel(rows, scaled + first, panel, pitch, count);
     }
@@ -408,20 +403,52 @@ QZ_INLINE void weigh(const qz_kv_block *k, const qz_kv_rows *rows, const float *
 
 /* ---- a copy for each width ---- */
 
+/* Each a function of its own: in one of all of them compilers keep little in registers. */
+#define QZ_OF_WIDTH(name, floats, bits, is_wide)                                                                   \
+    static __attribute__((noinline)) void QZ_NAME(name##_##bits##_##is_wide)(const qz_kv_block *k,                 \
+                                                                             const qz_kv_rows *rows, floats *of) { \
+        name(k, rows, of, bits, is_wide);                                                                          \
+    }
+#define QZ_OF_EACH_WIDTH(name, floats) \
+    QZ_OF_WIDTH(name, floats, 2, 0)    \
+    QZ_OF_WIDTH(name, floats, 3, 0)    \
+    QZ_OF_WIDTH(name, floats, 4, 0)    \
+    QZ_OF_WIDTH(name, floats, 4, 1)    \
+    QZ_OF_WIDTH(name, floats, 5, 0)    \
+    QZ_OF_WIDTH(name, floats, 6, 0)    \
+    QZ_OF_WIDTH(name, floats, 8, 1)
+QZ_OF_EACH_WIDTH(score_one, float)
+QZ_OF_EACH_WIDTH(score_several, float)
+QZ_OF_EACH_WIDTH(weigh_one, const float)
+QZ_OF_EACH_WIDTH(weigh_several, const float)
+
 /* Codes of 8 bits are bytes; theirs, and codec 1's of 4 bits, are values of four bytes. */
-#define QZ_EACH_WIDTH(call)                                     \
+#define QZ_CALL_WIDTH(name)                                     \
     switch (k->in_bytes ? 8 : k->bits + 16 * !k->is_bfloat16) { \
-    case 2: call(k, rows, of_tile, 2, 0); break;                \
-    case 3: call(k, rows, of_tile, 3, 0); break;                \
-    case 4: call(k, rows, of_tile, 4, 0); break;                \
-    case 4 + 16: call(k, rows, of_tile, 4, 1); break;           \
-    case 5: call(k, rows, of_tile, 5, 0); break;                \
-    case 6: call(k, rows, of_tile, 6, 0); break;                \
-    default: call(k, rows, of_tile, 8, 1); break;               \
+    case 2: QZ_NAME(name##_2_0)(k, rows, of_tile); break;       \
+    case 3: QZ_NAME(name##_3_0)(k, rows, of_tile); break;       \
+    case 4: QZ_NAME(name##_4_0)(k, rows, of_tile); break;       \
+    case 4 + 16: QZ_NAME(name##_4_1)(k, rows, of_tile); break;  \
+    case 5: QZ_NAME(name##_5_0)(k, rows, of_tile); break;       \
+    case 6: QZ_NAME(name##_6_0)(k, rows, of_tile); break;       \
+    default: QZ_NAME(name##_8_1)(k, rows, of_tile);             \
     }
 
-static void QZ_NAME(score)(const qz_kv_block *k, const qz_kv_rows *rows, float *of_tile) { QZ_EACH_WIDTH(score) }
-static void QZ_NAME(weigh)(const qz_kv_block *k, const qz_kv_rows *rows, const float *of_tile) { QZ_EACH_WIDTH(weigh) }
+static void QZ_NAME(score)(const qz_kv_block *k, const qz_kv_rows *rows, float *of_tile) {
+    if (rows->count == 1) {
+        QZ_CALL_WIDTH(score_one)
+    } else {
+        QZ_CALL_WIDTH(score_several)
+    }
+}
+
+static void QZ_NAME(weigh)(const qz_kv_block *k, const qz_kv_rows *rows, const float *of_tile) {
+    if (rows->count == 1) {
+        QZ_CALL_WIDTH(weigh_one)
+    } else {
+        QZ_CALL_WIDTH(weigh_several)
+    }
+}
 
 /* ---- softmax ---- */
 
