@@ -442,6 +442,8 @@ static inline v_bytes load_codes(const void *from) { return _mm512_loadu_si512(f
 
 /* Attention over the KV cache. */
 
+#define QZ_DIRECT_ROWS 8
+#define QZ_SCORE_SUMS 16
 #define QZ_SCORE_TOGETHER 8
 #define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 4
