@@ -167,7 +167,7 @@ static void do_run(const attention *a, const tile *t, ptrdiff_t position, ptrdif
     const ptrdiff_t bytes = side->codec.block * side->codec.stored_bits / 8, last = qz_last_stride(codes);
     const ptrdiff_t offset = position - t->base;
     const char *from = codes->data + t->block->head * codes->strides[0] + slot * codes->strides[1];
-    float scales[2 * TILE] = {0};
+    float scales[TILE];
     uint8_t copy[COPIED];
     qz_kv_block k = {.stride = codes->strides[1],
                      .positions = count,
@@ -187,6 +187,7 @@ static void do_run(const attention *a, const tile *t, ptrdiff_t position, ptrdif
         k.stride = bytes;
     }
     load_scales(a, side, scales, t->block->head, slot, count, element_block);
+    for (ptrdiff_t i = count; i < TILE; i++) scales[i] = 0;
     const qz_kv_rows rows = {t->rows + element_block * pitch_of_block(side), t->pitch, t->block->count};
     if (t->is_of_keys) {
         a->kernels->score(&k, &rows, t->floats + offset);

@@ -1,9 +1,10 @@
 /* Attention over packed keys and values by vectors: the bits of attention_definition.h.
  *
  * Codes are read 64 at a time and become centroids 32 at a time (codes_of_64, centroids_of_32 of simd/), in the order
- * of qz_attention_place. A single row takes them as they come. Several rows share them: some positions at a time are
- * decoded into a panel that stays in L1, and multiplied from there in tiles of
- * rows by positions, or of rows by vectors of values. */
+ * of qz_attention_place. Up to QZ_DIRECT_ROWS rows take them as they come, with QZ_SCORE_SUMS scores at most, or
+ * QZ_WEIGH_HALVES halves of units of one row, under way at a time. Where registers are few or centroids are costly,
+ * more rows share them: some positions at a time are decoded into a panel that stays in L1, and multiplied from there
+ * in tiles of rows by positions, or of rows by vectors of values. */
 #include "attention_math.h"
 
 /* Vectors of 16 chains, and of 32 codes, half a unit; floats of a panel; passes of a tile of scores over the chains,
@@ -83,6 +84,13 @@ QZ_INLINE v_codes codes_at(const uint8_t *from, ptrdiff_t j, const qz_kv_block *
     return codes_of_64(from, bits);
 }
 
+/* Asks for so many codes of the row that is a call's positions after one. */
+QZ_INLINE void prefetch_ahead(const uint8_t *codes, const qz_kv_block *k, ptrdiff_t count, int bits) {
+    const uint8_t *ahead = codes + k->positions * k->stride;
+    QZ_UNROLL
+    for (ptrdiff_t at = 0; at < count / 8 * bits; at += 64) prefetch(ahead + at);
+}
+
 /* Decodes rows into a panel, each to whole units. */
 QZ_INLINE void fill_panel(float *panel, ptrdiff_t pitch, const qz_kv_block *k, ptrdiff_t first, ptrdiff_t count,
                           const v_centroids *c, int bits, int is_wide) {
@@ -91,6 +99,7 @@ QZ_INLINE void fill_panel(float *panel, ptrdiff_t pitch, const qz_kv_block *k, p
         for (ptrdiff_t j = 0; j < pitch; j += UNIT) {
             const int is_rest = k->length - j < UNIT;
             const v_codes codes = is_rest ? codes_at(from, j, k, bits, 1) : codes_at(from, j, k, bits, 0);
+            prefetch_ahead(from + j / 8 * bits, k, UNIT, bits);
             QZ_UNROLL
             for (int half = 0; half < 2; half++) {
                 v_f32 values[HALF_VECTORS];
@@ -101,12 +110,6 @@ QZ_INLINE void fill_panel(float *panel, ptrdiff_t pitch, const qz_kv_block *k, p
             }
         }
     }
-}
-
-/* Asks for the row that is a call's positions ahead. */
-QZ_INLINE void prefetch_row(const qz_kv_block *k, ptrdiff_t position, ptrdiff_t bytes) {
-    const uint8_t *ahead = k->codes + (position + k->positions) * k->stride;
-    for (ptrdiff_t at = 0; at < bytes; at += 64) prefetch(ahead + at);
 }
 
 /* ---- scores ---- */
@@ -123,56 +126,88 @@ QZ_INLINE void add_scores(float *scores, const float *scales, const float *chain
     for (ptrdiff_t i = 0; i < count; i++) scores[i] = fmaf(scales[i], sums[i], scores[i]);
 }
 
-/* Adds a unit of some positions to their chains. */
-QZ_INLINE void add_unit(v_f32 (*sums)[CHAIN_VECTORS], const uint8_t *from, ptrdiff_t j, const qz_kv_block *k,
-                        const float *q, const v_centroids *c, int bits, int is_wide, int positions, int is_rest) {
+/* Adds half a unit of some positions to their chains with some rows of q. */
+QZ_INLINE void add_half(v_f32 (*sums)[CHAIN_VECTORS], v_f32 (*values)[HALF_VECTORS], const float *q, ptrdiff_t q_stride,
+                        int rows, int all, int positions) {
     QZ_UNROLL
-    for (int half = 0; half < 2; half++) {
+    for (int r = 0; r < rows; r++) {
         QZ_UNROLL
-        for (int p = 0; p < positions; p++) {
-            v_f32 values[HALF_VECTORS];
-            centroids_of_32(values, codes_at(from + p * k->stride, j, k, bits, is_rest), c, bits, is_wide, half);
+        for (int v = 0; v < HALF_VECTORS; v++) {
+            v_f32 of_row = load_f32(q + r * q_stride + v * QZ_LANES);
+            if (positions > 1) QZ_HOLD(of_row); /* else compilers load it anew for each product */
             QZ_UNROLL
-            for (int v = 0; v < HALF_VECTORS; v++) {
-                v_f32 *sum = &sums[p][v % CHAIN_VECTORS];
-                *sum = fused_f32(values[v], load_f32(q + j + half * UNIT / 2 + v * QZ_LANES), *sum);
+            for (int p = 0; p < positions; p++) {
+                v_f32 *sum = &sums[r * all + p][v % CHAIN_VECTORS];
+                *sum = fused_f32(values[p][v], of_row, *sum);
             }
         }
     }
 }
 
-/* What is left of the chains of a row with some positions. */
-QZ_INLINE void chains_of_codes(float *chains, const uint8_t *from, const qz_kv_block *k, const float *q,
-                               const v_centroids *c, int bits, int is_wide, int positions) {
-    v_f32 sums[QZ_SCORE_TOGETHER][CHAIN_VECTORS];
-    ptrdiff_t j = 0;
+/* Adds a unit: as many positions are decoded at a time as registers hold. */
+QZ_INLINE void add_unit(v_f32 (*sums)[CHAIN_VECTORS], const uint8_t *from, ptrdiff_t j, const qz_kv_block *k,
+                        const qz_kv_rows *q, const v_centroids *c, int bits, int is_wide, int rows, int positions,
+                        int is_rest) {
+    const int together = rows == 1 ? 1 : positions < 4 ? positions : 4;
     QZ_UNROLL
-    for (int p = 0; p < positions; p++) {
+    for (int half = 0; half < 2; half++) {
         QZ_UNROLL
-        for (int v = 0; v < CHAIN_VECTORS; v++) sums[p][v] = set1_f32(0);
+        for (int first = 0; first < positions; first += together) {
+            v_f32 values[QZ_SCORE_TOGETHER][HALF_VECTORS];
+            QZ_UNROLL
+            for (int p = 0; p < together; p++) {
+                const uint8_t *row = from + (first + p) * k->stride;
+                centroids_of_32(values[p], codes_at(row, j, k, bits, is_rest), c, bits, is_wide, half);
+                if (half == 0) prefetch_ahead(row + j / 8 * bits, k, UNIT, bits);
+            }
+            add_half(sums + first, values, q->data + j + half * (UNIT / 2), q->stride, rows, positions, together);
+        }
     }
-    for (; j + UNIT <= k->length; j += UNIT) add_unit(sums, from, j, k, q, c, bits, is_wide, positions, 0);
-    if (j < k->length) add_unit(sums, from, j, k, q, c, bits, is_wide, positions, 1);
-    QZ_UNROLL
-    for (int p = 0; p < positions; p++) store_f32(chains + p * QZ_LANES, joined_chains(sums[p]));
 }
 
-/* One row. */
-QZ_INLINE void score_one(const qz_kv_block *k, const float *q, float *scores, int bits, int is_wide) {
-    enum { TOGETHER = QZ_SCORE_TOGETHER };
-    const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t bytes = bytes_of_codes(k, k->length);
-    float chains[QZ_LANES * QZ_LANES] = {0};
+/* What is left of the chains of some rows of q with some positions. */
+QZ_INLINE void chains_of_codes(float *chains, const uint8_t *from, const qz_kv_block *k, const qz_kv_rows *q,
+                               const v_centroids *c, int bits, int is_wide, int rows, int positions) {
+    v_f32 sums[QZ_SCORE_SUMS][CHAIN_VECTORS];
+    ptrdiff_t j = 0;
+    QZ_UNROLL
+    for (int i = 0; i < rows * positions; i++) {
+        QZ_UNROLL
+        for (int v = 0; v < CHAIN_VECTORS; v++) sums[i][v] = set1_f32(0);
+    }
+    for (; j + UNIT <= k->length; j += UNIT) add_unit(sums, from, j, k, q, c, bits, is_wide, rows, positions, 0);
+    if (j < k->length) add_unit(sums, from, j, k, q, c, bits, is_wide, rows, positions, 1);
+    QZ_UNROLL
+    for (int r = 0; r < rows; r++) {
+        QZ_UNROLL
+        for (int p = 0; p < positions; p++)
+            store_f32(chains + (r * QZ_LANES + p) * QZ_LANES, joined_chains(sums[r * positions + p]));
+    }
+}
+
+/* Some rows of q, for which codes are decoded as they come. */
+QZ_INLINE void score_rows(const qz_kv_block *k, const qz_kv_rows *q, float *scores, const v_centroids *c, int bits,
+                          int is_wide, int rows) {
+    const int together = QZ_SCORE_SUMS / rows < QZ_SCORE_TOGETHER ? QZ_SCORE_SUMS / rows : QZ_SCORE_TOGETHER;
+    _Alignas(64) float chains[QZ_DIRECT_ROWS * QZ_LANES * QZ_LANES];
     for (ptrdiff_t first = 0; first < k->positions; first += QZ_LANES) {
         const ptrdiff_t count = k->positions - first < QZ_LANES ? k->positions - first : QZ_LANES;
         const uint8_t *from = k->codes + first * k->stride;
         ptrdiff_t i = 0;
-        for (ptrdiff_t p = 0; p < count; p++) prefetch_row(k, first + p, bytes);
-        for (; i + TOGETHER <= count; i += TOGETHER)
-            chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, &c, bits, is_wide, TOGETHER);
-        for (; i < count; i++) chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, &c, bits, is_wide, 1);
-        add_scores(scores + first, k->scales + first, chains, count);
+        if (count < QZ_LANES) memset(chains, 0, sizeof chains); /* all lanes are added up */
+        for (; i + together <= count; i += together)
+            chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, c, bits, is_wide, rows, together);
+        for (; i < count; i++)
+            chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, c, bits, is_wide, rows, 1);
+        for (int r = 0; r < rows; r++)
+            add_scores(scores + r * QZ_ATTENTION_TILE + first, k->scales + first, chains + r * QZ_LANES * QZ_LANES,
+                       count);
     }
+}
+
+QZ_INLINE void score_one(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
+    const v_centroids c = load_centroids(k->centroids, k->planes);
+    score_rows(k, rows, scores, &c, bits, is_wide, 1);
 }
 
 /* Chains of some rows with some positions, constants once inlined: in each pass those of other vectors, since there are
@@ -255,19 +290,33 @@ QZ_INLINE void score_panel(const qz_kv_block *k, const qz_kv_rows *rows, float *
     }
 }
 
-QZ_INLINE void score(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
-    if (rows->count == 1) {
-        score_one(k, rows->data, scores, bits, is_wide);
-        return;
-    }
-    const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch), bytes = bytes_of_codes(k, k->length);
+/* By a panel, which many rows share. */
+QZ_INLINE void score_by_panel(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, const v_centroids *c,
+                              int bits, int is_wide) {
+    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch);
     _Alignas(64) float panel[PANEL_FLOATS];
     for (ptrdiff_t first = 0; first < k->positions; first += most) {
         const ptrdiff_t count = k->positions - first < most ? k->positions - first : most;
-        for (ptrdiff_t i = 0; i < count; i++) prefetch_row(k, first + i, bytes);
-        fill_panel(panel, pitch, k, first, count, &c, bits, is_wide);
+        fill_panel(panel, pitch, k, first, count, c, bits, is_wide);
         score_panel(k, rows, scores, panel, pitch, first, count);
+    }
+}
+
+QZ_INLINE void score_several(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
+    const v_centroids c = load_centroids(k->centroids, k->planes);
+    if (QZ_DIRECT_ROWS == 1 || bits == 8) {
+        score_by_panel(k, rows, scores, &c, bits, is_wide);
+        return;
+    }
+    for (ptrdiff_t row = 0, some; row < rows->count; row += some) {
+        const ptrdiff_t left = rows->count - row;
+        const qz_kv_rows q = {rows->data + row * rows->stride, rows->stride, left};
+        float *to = scores + row * QZ_ATTENTION_TILE;
+        some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (some == 8) score_rows(k, &q, to, &c, bits, is_wide, 8);
+        if (some == 4) score_rows(k, &q, to, &c, bits, is_wide, 4);
+        if (some == 2) score_rows(k, &q, to, &c, bits, is_wide, 2);
+        if (some == 1) score_rows(k, &q, to, &c, bits, is_wide, 1);
     }
 }
 
@@ -289,51 +338,65 @@ QZ_INLINE void scale_weights(float *to, const float *weights, const float *scale
     }
 }
 
-/* One row, from place j on some halves of units of it, the first of which is `half`, for all positions. */
-QZ_INLINE void weigh_strip(const qz_kv_block *k, const float *weights, float *to, ptrdiff_t j, const v_centroids *c,
-                           int bits, int is_wide, int half, int halves, int is_rest) {
-    v_f32 sums[(QZ_WEIGH_HALVES > 2 ? QZ_WEIGH_HALVES : 2) * HALF_VECTORS];
+/* Some rows, from place j on some halves of units of them, the first of which is `half`, for all positions. */
+QZ_INLINE void weigh_strip(const qz_kv_block *k, const float *weights, const qz_kv_rows *to, ptrdiff_t j,
+                           const v_centroids *c, int bits, int is_wide, int rows, int half, int halves, int is_rest) {
+    v_f32 sums[QZ_DIRECT_ROWS][(QZ_WEIGH_HALVES > 2 ? QZ_WEIGH_HALVES : 2) * HALF_VECTORS];
     const uint8_t *from = k->codes;
-    to += j + half * (UNIT / 2);
+    float *at = to->data + j + half * (UNIT / 2);
+    const int vectors = halves * HALF_VECTORS;
     QZ_UNROLL
-    for (int v = 0; v < halves * HALF_VECTORS; v++) sums[v] = load_f32(to + v * QZ_LANES);
+    for (int i = 0; i < rows * vectors; i++)
+        sums[i / vectors][i % vectors] = load_f32(at + i / vectors * to->stride + i % vectors * QZ_LANES);
     for (ptrdiff_t i = 0; i < k->positions; i++, from += k->stride) {
-        const v_f32 weight = set1_f32(weights[i]);
+        prefetch_ahead(from + j / 8 * bits, k, (half + halves) * UNIT / 2, bits);
         QZ_UNROLL
         for (int h = 0; h < halves; h++) {
             const v_codes codes = codes_at(from, j + (half + h) / 2 * UNIT, k, bits, is_rest);
-            v_f32 values[HALF_VECTORS], *sum = sums + h * HALF_VECTORS;
+            v_f32 values[HALF_VECTORS];
             centroids_of_32(values, codes, c, bits, is_wide, (half + h) % 2);
             QZ_UNROLL
-            for (int v = 0; v < HALF_VECTORS; v++) sum[v] = fused_f32(weight, values[v], sum[v]);
+            for (int r = 0; r < rows; r++) {
+                const v_f32 weight = set1_f32(weights[r * QZ_ATTENTION_TILE + i]);
+                v_f32 *sum = sums[r] + h * HALF_VECTORS;
+                QZ_UNROLL
+                for (int v = 0; v < HALF_VECTORS; v++) sum[v] = fused_f32(weight, values[v], sum[v]);
+            }
         }
     }
     QZ_UNROLL
-    for (int v = 0; v < halves * HALF_VECTORS; v++) store_f32(to + v * QZ_LANES, sums[v]);
+    for (int i = 0; i < rows * vectors; i++)
+        store_f32(at + i / vectors * to->stride + i % vectors * QZ_LANES, sums[i / vectors][i % vectors]);
 }
 
-/* A unit of a row: halves one after the other where registers are few, unless codes take long to unpack. */
-QZ_INLINE void weigh_unit(const qz_kv_block *k, const float *weights, float *to, ptrdiff_t j, const v_centroids *c,
-                          int bits, int is_wide, int is_rest) {
-    if (QZ_WEIGH_HALVES > 1 || bits != 4) {
-        weigh_strip(k, weights, to, j, c, bits, is_wide, 0, 2, is_rest);
+/* A unit of some rows: halves one after the other where registers are few, unless codes take long to unpack. */
+QZ_INLINE void weigh_unit(const qz_kv_block *k, const float *weights, const qz_kv_rows *to, ptrdiff_t j,
+                          const v_centroids *c, int bits, int is_wide, int rows, int halves, int is_rest) {
+    if (halves > 1 || (rows == 1 && bits != 4)) {
+        weigh_strip(k, weights, to, j, c, bits, is_wide, rows, 0, 2, is_rest);
     } else {
-        weigh_strip(k, weights, to, j, c, bits, is_wide, 0, 1, is_rest);
-        weigh_strip(k, weights, to, j, c, bits, is_wide, 1, 1, is_rest);
+        weigh_strip(k, weights, to, j, c, bits, is_wide, rows, 0, 1, is_rest);
+        weigh_strip(k, weights, to, j, c, bits, is_wide, rows, 1, 1, is_rest);
     }
 }
 
-QZ_INLINE void weigh_one(const qz_kv_block *k, const float *weights, float *to, int bits, int is_wide) {
-    const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t bytes = bytes_of_codes(k, k->length), step = QZ_WEIGH_HALVES / 2 * UNIT;
-    _Alignas(64) float scaled[QZ_ATTENTION_TILE];
+/* Some rows, for which codes are decoded as they come. */
+QZ_INLINE void weigh_rows(const qz_kv_block *k, const float *weights, const qz_kv_rows *to, const v_centroids *c,
+                          int bits, int is_wide, int rows) {
+    const int halves = rows > 2 ? QZ_WEIGH_HALVES * 2 / rows : QZ_WEIGH_HALVES;
+    const ptrdiff_t step = halves / 2 * UNIT;
     ptrdiff_t j = 0;
-    scale_weights(scaled, weights, k->scales);
-    for (ptrdiff_t i = 0; i < k->positions; i++) prefetch_row(k, i, bytes);
     for (; step > UNIT && j + step <= k->length; j += step)
-        weigh_strip(k, scaled, to, j, &c, bits, is_wide, 0, QZ_WEIGH_HALVES, 0);
-    for (; j + UNIT <= k->length; j += UNIT) weigh_unit(k, scaled, to, j, &c, bits, is_wide, 0);
-    if (j < k->length) weigh_unit(k, scaled, to, j, &c, bits, is_wide, 1);
+        weigh_strip(k, weights, to, j, c, bits, is_wide, rows, 0, halves, 0);
+    for (; j + UNIT <= k->length; j += UNIT) weigh_unit(k, weights, to, j, c, bits, is_wide, rows, halves, 0);
+    if (j < k->length) weigh_unit(k, weights, to, j, c, bits, is_wide, rows, halves, 1);
+}
+
+QZ_INLINE void weigh_one(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits, int is_wide) {
+    const v_centroids c = load_centroids(k->centroids, k->planes);
+    _Alignas(64) float scaled[QZ_ATTENTION_TILE];
+    scale_weights(scaled, weights, k->scales);
+    weigh_rows(k, scaled, rows, &c, bits, is_wide, 1);
 }
 
 /* Some rows by some vectors of values, constants once inlined. */
@@ -388,40 +451,87 @@ QZ_INLINE void weigh_panel(const qz_kv_rows *rows, const float *weights, const f
     }
 }
 
-QZ_INLINE void weigh(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits, int is_wide) {
-    if (rows->count == 1) {
-        weigh_one(k, weights, rows->data, bits, is_wide);
-        return;
-    }
-    const v_centroids c = load_centroids(k->centroids, k->planes);
-    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch), bytes = bytes_of_codes(k, k->length);
-    _Alignas(64) float panel[PANEL_FLOATS], scaled[QZ_ATTENTION_ROWS * QZ_ATTENTION_TILE];
-    for (ptrdiff_t row = 0; row < rows->count; row++)
-        scale_weights(scaled + row * QZ_ATTENTION_TILE, weights + row * QZ_ATTENTION_TILE, k->scales);
+QZ_INLINE void weigh_by_panel(const qz_kv_block *k, const qz_kv_rows *rows, const float *scaled, const v_centroids *c,
+                              int bits, int is_wide) {
+    const ptrdiff_t pitch = pitch_of(k), most = panel_positions(pitch);
+    _Alignas(64) float panel[PANEL_FLOATS];
     for (ptrdiff_t first = 0; first < k->positions; first += most) {
         const ptrdiff_t count = k->positions - first < most ? k->positions - first : most;
-        for (ptrdiff_t i = 0; i < count; i++) prefetch_row(k, first + i, bytes);
-        fill_panel(panel, pitch, k, first, count, &c, bits, is_wide);
+        fill_panel(panel, pitch, k, first, count, c, bits, is_wide);
         weigh_panel(rows, scaled + first, panel, pitch, count);
+    }
+}
+
+QZ_INLINE void weigh_several(const qz_kv_block *k, const qz_kv_rows *rows, const float *weights, int bits,
+                             int is_wide) {
+    const v_centroids c = load_centroids(k->centroids, k->planes);
+    _Alignas(64) float scaled[QZ_ATTENTION_ROWS * QZ_ATTENTION_TILE];
+    for (ptrdiff_t row = 0; row < rows->count; row++)
+        scale_weights(scaled + row * QZ_ATTENTION_TILE, weights + row * QZ_ATTENTION_TILE, k->scales);
+    if (QZ_DIRECT_ROWS == 1 || bits == 8) {
+        weigh_by_panel(k, rows, scaled, &c, bits, is_wide);
+        return;
+    }
+    for (ptrdiff_t row = 0, some; row < rows->count; row += some) {
+        const ptrdiff_t left = rows->count - row;
+        const qz_kv_rows to = {rows->data + row * rows->stride, rows->stride, left};
+        const float *of_rows = scaled + row * QZ_ATTENTION_TILE;
+        some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (some == 8) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 8);
+        if (some == 4) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 4);
+        if (some == 2) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 2);
+        if (some == 1) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 1);
     }
 }
 
 /* ---- a copy for each width ---- */
 
+/* Each a function of its own: in one of all of them compilers keep little in registers. */
+#define QZ_OF_WIDTH(name, floats, bits, is_wide)                                                                   \
+    static __attribute__((noinline)) void QZ_NAME(name##_##bits##_##is_wide)(const qz_kv_block *k,                 \
+                                                                             const qz_kv_rows *rows, floats *of) { \
+        name(k, rows, of, bits, is_wide);                                                                          \
+    }
+#define QZ_OF_EACH_WIDTH(name, floats) \
+    QZ_OF_WIDTH(name, floats, 2, 0)    \
+    QZ_OF_WIDTH(name, floats, 3, 0)    \
+    QZ_OF_WIDTH(name, floats, 4, 0)    \
+    QZ_OF_WIDTH(name, floats, 4, 1)    \
+    QZ_OF_WIDTH(name, floats, 5, 0)    \
+    QZ_OF_WIDTH(name, floats, 6, 0)    \
+    QZ_OF_WIDTH(name, floats, 8, 1)
+QZ_OF_EACH_WIDTH(score_one, float)
+QZ_OF_EACH_WIDTH(score_several, float)
+QZ_OF_EACH_WIDTH(weigh_one, const float)
+QZ_OF_EACH_WIDTH(weigh_several, const float)
+
 /* Codes of 8 bits are bytes; theirs, and codec 1's of 4 bits, are values of four bytes. */
-#define QZ_EACH_WIDTH(call)                                     \
+#define QZ_CALL_WIDTH(name)                                     \
     switch (k->in_bytes ? 8 : k->bits + 16 * !k->is_bfloat16) { \
-    case 2: call(k, rows, of_tile, 2, 0); break;                \
-    case 3: call(k, rows, of_tile, 3, 0); break;                \
-    case 4: call(k, rows, of_tile, 4, 0); break;                \
-    case 4 + 16: call(k, rows, of_tile, 4, 1); break;           \
-    case 5: call(k, rows, of_tile, 5, 0); break;                \
-    case 6: call(k, rows, of_tile, 6, 0); break;                \
-    default: call(k, rows, of_tile, 8, 1); break;               \
+    case 2: QZ_NAME(name##_2_0)(k, rows, of_tile); break;       \
+    case 3: QZ_NAME(name##_3_0)(k, rows, of_tile); break;       \
+    case 4: QZ_NAME(name##_4_0)(k, rows, of_tile); break;       \
+    case 4 + 16: QZ_NAME(name##_4_1)(k, rows, of_tile); break;  \
+    case 5: QZ_NAME(name##_5_0)(k, rows, of_tile); break;       \
+    case 6: QZ_NAME(name##_6_0)(k, rows, of_tile); break;       \
+    default: QZ_NAME(name##_8_1)(k, rows, of_tile);             \
     }
 
-static void QZ_NAME(score)(const qz_kv_block *k, const qz_kv_rows *rows, float *of_tile) { QZ_EACH_WIDTH(score) }
-static void QZ_NAME(weigh)(const qz_kv_block *k, const qz_kv_rows *rows, const float *of_tile) { QZ_EACH_WIDTH(weigh) }
+static void QZ_NAME(score)(const qz_kv_block *k, const qz_kv_rows *rows, float *of_tile) {
+    if (rows->count == 1) {
+        QZ_CALL_WIDTH(score_one)
+    } else {
+        QZ_CALL_WIDTH(score_several)
+    }
+}
+
+static void QZ_NAME(weigh)(const qz_kv_block *k, const qz_kv_rows *rows, const float *of_tile) {
+    if (rows->count == 1) {
+        QZ_CALL_WIDTH(weigh_one)
+    } else {
+        QZ_CALL_WIDTH(weigh_several)
+    }
+}
 
 /* ---- softmax ---- */
 

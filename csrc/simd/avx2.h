@@ -651,6 +651,8 @@ static inline v_bytes load_codes(const void *from) { return _mm256_loadu_si256((
 
 /* Attention over the KV cache. */
 
+#define QZ_DIRECT_ROWS 1
+#define QZ_SCORE_SUMS 2
 #define QZ_SCORE_TOGETHER 2
 #define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 3

@@ -506,7 +506,9 @@ static inline v_bytes load_codes(const void *from) { return _mm512_loadu_si512(f
 
 /* Attention over the KV cache. */
 
-#define QZ_SCORE_TOGETHER 4
+#define QZ_DIRECT_ROWS 8
+#define QZ_SCORE_SUMS 16
+#define QZ_SCORE_TOGETHER 8
 #define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 4
 #define QZ_WEIGH_ROWS 4
@@ -536,9 +538,10 @@ QZ_INLINE v_f32 sum_of_each(const float *chains) {
     return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x44), _mm512_shuffle_ps(twos[0], twos[1], 0xee));
 }
 
-/* Up to 64 values in registers; more are gathered. */
+/* Up to 64 values in registers, those that are bfloat16 as words too; more are gathered. */
 typedef struct v_centroids {
     __m512 of_16[4];
+    __m512i words[2];
     const float *values;
 } v_centroids;
 QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
@@ -546,40 +549,59 @@ QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[2
     (void)planes;
     QZ_UNROLL
     for (int i = 0; i < 4; i++) c.of_16[i] = _mm512_loadu_ps(values + 16 * i);
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++)
+        c.words[i] = high_u16_of_two(_mm512_castps_si512(c.of_16[2 * i]), _mm512_castps_si512(c.of_16[2 * i + 1]));
     return c;
 }
 
 /* Lanes 8 u + 4 h + d take what is left over of the number of an element, 32 h + 16 u + 4 d + step: lanes of 64 bits
- * get the bytes of eight codes, from 8 (4 h + 2 u + d / 2) on, and each step takes one of them into either half. */
+ * get the bytes of eight codes, from 8 (4 h + 2 u + d / 2) on, and each step takes one of them into either half. Of 4
+ * bits, lanes get the byte of steps 0 and 2 and, in their upper half, that of steps 1 and 3. */
 #define QZ_EIGHT_CODES(bits, eighth) ((int64_t)((bits) * (eighth)) * 0x0101010101010101 + 0x0706050403020100)
+#define QZ_EIGHT_NIBBLES(eighth) ((int64_t)(eighth) * 0x0404040404040404 + 0x0303020201010000)
 typedef __m512i v_codes;
 
 QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    if (bits == 4) {
+        const __m512i order =
+            _mm512_setr_epi64(QZ_EIGHT_NIBBLES(0), QZ_EIGHT_NIBBLES(1), QZ_EIGHT_NIBBLES(4), QZ_EIGHT_NIBBLES(5),
+                              QZ_EIGHT_NIBBLES(2), QZ_EIGHT_NIBBLES(3), QZ_EIGHT_NIBBLES(6), QZ_EIGHT_NIBBLES(7));
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)packed);
+        return _mm512_permutexvar_epi8(order, _mm512_zextsi256_si512(bytes));
+    }
     const __m512i order = _mm512_setr_epi64(QZ_EIGHT_CODES(bits, 0), QZ_EIGHT_CODES(bits, 1), QZ_EIGHT_CODES(bits, 4),
                                             QZ_EIGHT_CODES(bits, 5), QZ_EIGHT_CODES(bits, 2), QZ_EIGHT_CODES(bits, 3),
                                             QZ_EIGHT_CODES(bits, 6), QZ_EIGHT_CODES(bits, 7));
     return _mm512_permutexvar_epi8(order, _mm512_maskz_loadu_epi8(~UINT64_C(0) >> (64 - 8 * bits), packed));
 }
 
-/* Of codes at the bottom of their lanes, with something else above them: VPERMPS looks at four bits, and of narrower
- * codes the values are repeated; VPERMI2PS looks at five. */
-QZ_INLINE v_f32 centroids_of_lanes(v_i32 codes, const v_centroids *c, int bits) {
-    if (bits <= 4) return _mm512_permutexvar_ps(codes, c->of_16[0]);
-    if (bits == 8) return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)), c->values, 4);
-    const __m512 low = _mm512_permutex2var_ps(c->of_16[0], codes, c->of_16[1]);
-    if (bits == 5) return low;
-    const __m512 high = _mm512_permutex2var_ps(c->of_16[2], codes, c->of_16[3]);
-    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(codes, _mm512_set1_epi32(32)), low, high);
+/* Codes of steps `half` and half + 2 at the bottom of the halves of their lanes, with something else above them. */
+QZ_INLINE __m512i codes_of_steps(v_codes codes, int bits, int half) {
+    const int64_t first = bits * half, second = first + 2 * bits, next_lane = 4 * bits;
+    if (bits == 4) return half ? _mm512_srli_epi32(codes, 4) : codes;
+    const int64_t low = second << 16 | first, high = (second + next_lane) << 16 | (first + next_lane);
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(high << 32 | low), codes);
 }
 
+/* Floats of codes at the bottom of lanes: VPERMPS looks at four bits. */
+QZ_INLINE v_f32 centroids_of_lanes(__m512i codes, const v_centroids *c, int bits) {
+    if (bits == 4) return _mm512_permutexvar_ps(codes, c->of_16[0]);
+    return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)), c->values, 4);
+}
+
+/* As words, VPERMW looks at five bits, VPERMI2W at six, and of narrower codes the values are repeated. */
 QZ_INLINE void centroids_of_32(v_f32 to[2], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
-    (void)is_wide;
-    QZ_UNROLL
-    for (int i = 0; i < 2; i++) {
-        const int64_t first = bits * (half + 2 * i), other = first + 4 * bits;
-        const __m512i places = _mm512_set1_epi64(other << 32 | first);
-        to[i] = centroids_of_lanes(_mm512_multishift_epi64_epi8(places, codes), c, bits);
+    const __m512i of_steps = codes_of_steps(codes, bits, half);
+    if (is_wide || bits == 4) { /* for which words would take as many instructions */
+        to[0] = centroids_of_lanes(of_steps, c, bits);
+        to[1] = centroids_of_lanes(_mm512_srli_epi32(of_steps, 16), c, bits);
+        return;
     }
+    const __m512i words = bits < 6 ? _mm512_permutexvar_epi16(of_steps, c->words[0])
+                                   : _mm512_permutex2var_epi16(c->words[0], of_steps, c->words[1]);
+    to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    to[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x10000)));
 }
 
 #endif

@@ -377,6 +377,8 @@ static inline v_bytes load_codes(const void *from) { return vld1q_u8(from); }
 
 /* Attention over the KV cache. */
 
+#define QZ_DIRECT_ROWS 1
+#define QZ_SCORE_SUMS 2
 #define QZ_SCORE_TOGETHER 2
 #define QZ_SCORE_ROWS 4
 #define QZ_SCORE_POSITIONS 2
