@@ -263,18 +263,21 @@ QZ_INLINE int sum_whole_links_nvfp4(float *to, ptrdiff_t pitch, const rows_besid
 QZ_INLINE void sum_panel_nvfp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, const uint8_t *codes,
                                const float *scales, ptrdiff_t first, ptrdiff_t blocks, int block, int digits) {
     _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2], unpacked[QZ_LANES * QZ_MAX_BLOCK];
-    const int packed = job->m == 1;
     for (ptrdiff_t m = 0; m < job->m && first % QZ_NVFP4_PANEL == 0; m++) {
         memset(to + m * pitch, 0, QZ_NVFP4_CHAINS * sizeof *to);
     }
     for (ptrdiff_t at = 0; at < blocks; at += QZ_LANES) {
         const uint8_t *some = chunk_fp4(copy, codes + at * (block / 2), blocks - at, block);
-        if (!packed) unpack_chunk(unpacked, some, QZ_FP4, block);
+        float *chain = to + at % QZ_NVFP4_CHAINS;
+        if (job->m == 1) {
+            const planes x = planes_at(job->x, job->columns, block, digits);
+            add_links_nvfp4(chain, some, 1, scales + at, &x, first + at, block, digits);
+            continue;
+        }
+        unpack_chunk(unpacked, some, QZ_FP4, block);
         for (ptrdiff_t m = 0; m < job->m; m++) {
             const planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
-            float *chain = to + m * pitch + at % QZ_NVFP4_CHAINS;
-            if (packed) add_links_nvfp4(chain, some, 1, scales + at, &x, first + at, block, digits);
-            if (!packed) add_links_nvfp4(chain, unpacked, 0, scales + at, &x, first + at, block, digits);
+            add_links_nvfp4(chain + m * pitch, unpacked, 0, scales + at, &x, first + at, block, digits);
         }
     }
 }
