@@ -19,13 +19,9 @@ enum { QZ_NEAR = QZ_FUSED && QZ_LANES != 8 ? 16 : 8, QZ_FAR = 8 };
 /* Of two times `power` elements, of the largest order, 28. */
 enum { QZ_MAX_RUNS = 14 };
 
-/* What is added to a pointer to flips for those of the same coordinates beside pairs of them (see first_butterflies);
- * where there are none, 0. */
-enum { QZ_OF_EVEN = QZ_LANES == 16 ? QZ_MAX_HEAD_DIM : 0, QZ_OF_ODD = 2 * QZ_OF_EVEN };
-
 typedef struct rotation_tables {
-    _Alignas(64) int32_t flips[QZ_MAX_HEAD_DIM + QZ_OF_ODD]; /* what turns the signs, by exclusive or; else 0 */
-    float outer[QZ_MAX_RUNS][QZ_MAX_RUNS];                   /* C, and 1 on the diagonal */
+    _Alignas(64) int32_t flips[QZ_MAX_HEAD_DIM]; /* what turns the signs, by exclusive or; else 0 */
+    float outer[QZ_MAX_RUNS][QZ_MAX_RUNS];       /* C, and 1 on the diagonal */
 } rotation_tables;
 
 static void open_flips(int32_t *flips, ptrdiff_t dimension) {
@@ -48,12 +44,6 @@ static void open_rotation(rotation_tables *tables, const qz_rotation *rotation) 
         open_flips(flips, rotation->dimension);
     } else {
         memset(flips, 0, (size_t)rotation->dimension * sizeof *flips);
-    }
-    for (ptrdiff_t j = 0; QZ_OF_EVEN > 0 && rotation->order == 1 && j < rotation->dimension; j += 2) {
-        const int32_t one = 0x3f800000, even = one | flips[j], odd = one | flips[j + 1];
-        flips[QZ_OF_EVEN + j] = flips[QZ_OF_EVEN + j + 1] = even;
-        flips[QZ_OF_ODD + j] = odd;
-        flips[QZ_OF_ODD + j + 1] = odd ^ INT32_MIN;
     }
     for (int i = 0; i < rotation->order / 2; i++) {
         for (int j = 0; j < rotation->order / 2; j++) tables->outer[i][j] = rows[2 * i] >> 2 * j & 1 ? -1.0f : 1.0f;
@@ -88,29 +78,14 @@ QZ_INLINE v_f32 butterfly_within(v_f32 v, int distance) {
     return fma_f32(v, load_f32(signs[distance % 8]), partner_f32(v, distance));
 }
 
-/* From distance `first` on. */
-QZ_INLINE void butterflies_within(v_f32 *v, int vectors, int first, int power) {
+QZ_INLINE void butterflies_within(v_f32 *v, int vectors, int power) {
     QZ_UNROLL
     for (int level = 0; level < 4; level++) {
-        if (1 << level < first) continue;
         if (1 << level >= power || 1 << level >= QZ_LANES) break;
         QZ_UNROLL
         for (int i = 0; i < vectors; i++) v[i] = butterfly_within(v[i], 1 << level);
     }
 }
-
-#if QZ_LANES == 16
-/* Signs turned, then the butterflies at distance 1: loads repeat the even elements and the odd ones, and products with
- * 1 or -1 turn them. */
-QZ_INLINE v_f32 first_butterflies(const float *from, const int32_t *flips) {
-    const v_f32 of_even = f32_of_bits(load_i32(flips + QZ_OF_EVEN)), of_odd = f32_of_bits(load_i32(flips + QZ_OF_ODD));
-    return fma_f32(load_odd_f32(from), of_odd, mul_f32(load_even_f32(from), of_even));
-}
-#else
-QZ_INLINE v_f32 first_butterflies(const float *from, const int32_t *flips) {
-    return butterfly_within(turn(load_f32(from), flips), 1);
-}
-#endif
 
 /* Between 2, 4, 8 or 16 vectors. */
 QZ_INLINE void butterflies_between(v_f32 *v, int vectors) {
@@ -136,9 +111,9 @@ QZ_INLINE void transform_near(float *to, const float *from, ptrdiff_t count, int
         QZ_UNROLL
         for (int i = 0; i < vectors; i++) {
             const ptrdiff_t j = at + i * QZ_LANES;
-            v[i] = kind & QZ_TURN_FIRST ? first_butterflies(from + j, ends->flips + j) : load_f32(from + j);
+            v[i] = kind & QZ_TURN_FIRST ? turn(load_f32(from + j), ends->flips + j) : load_f32(from + j);
         }
-        butterflies_within(v, vectors, kind & QZ_TURN_FIRST ? 2 : 1, power);
+        butterflies_within(v, vectors, power);
         butterflies_between(v, vectors);
         QZ_UNROLL
         for (int i = 0; i < vectors; i++) write_one(to, at + i * QZ_LANES, v[i], kind, ends);

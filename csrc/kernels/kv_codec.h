@@ -47,8 +47,33 @@ QZ_INLINE void clear_beyond(v_f32 *v, ptrdiff_t j, ptrdiff_t block) {
     *v = load_f32(lanes);
 }
 
-/* Packed codes of elements x, which are finite and go on with zeros up to a multiple of QZ_PADDING, beside boundaries
- * times norm; and the chains of products that are wanted. */
+/* Packed codes of four vectors, element j of a block and what follows, beside boundaries times norm; and the chains of
+ * products that are wanted. */
+QZ_INLINE void encode_four(uint8_t *packed, products *sums, const v_f32 x[4], ptrdiff_t j, ptrdiff_t block,
+                           const codebook *book, const search_scale *scale, int wanted, int bits, int stored_bits) {
+    v_i32 codes[4];
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        found_code found = search(x[i], book, scale, bits);
+        codes[i] = found.code;
+        if (wanted != NO_PRODUCTS) add_products(&sums->vc, i, found.v, found.value, 1); /* of zeros a zero */
+        if (wanted != BOTH_PRODUCTS) continue;
+        if (j + (i + 1) * QZ_LANES > block) clear_beyond(&found.value, j + i * QZ_LANES, block);
+        add_products(&sums->cc, i, found.value, found.value, 1);
+    }
+    if (stored_bits == 4) {
+        store_nibbles(packed, codes);
+    } else {
+        store_packed(packed, bytes_from_i32(codes[0], codes[1], codes[2], codes[3]), stored_bits);
+    }
+}
+
+QZ_INLINE void store_products(float *vc, float *cc, const products *sums, int wanted) {
+    if (wanted != NO_PRODUCTS) store_f32(vc, joined_chains(sums->vc.v));
+    if (wanted == BOTH_PRODUCTS) store_f32(cc, joined_chains(sums->cc.v));
+}
+
+/* Packed codes of elements x, which are finite and go on with zeros up to a multiple of QZ_PADDING. */
 QZ_INLINE void encode_bits(uint8_t *packed, float *vc, float *cc, const float *x, ptrdiff_t block, const codebook *book,
                            float norm, float inverse, int wanted, int bits, int stored_bits) {
     products sums;
@@ -57,24 +82,12 @@ QZ_INLINE void encode_bits(uint8_t *packed, float *vc, float *cc, const float *x
     clear_chains(&sums.cc);
     open_search(&scale, book, norm, inverse, bits);
     for (ptrdiff_t j = 0; j < block; j += 4 * QZ_LANES, packed += stored_bits * QZ_LANES / 2) {
-        v_i32 codes[4];
+        v_f32 v[4];
         QZ_UNROLL
-        for (int i = 0; i < 4; i++) {
-            found_code found = search(load_f32(x + j + i * QZ_LANES), book, &scale, bits);
-            codes[i] = found.code;
-            if (wanted != NO_PRODUCTS) add_products(&sums.vc, i, found.v, found.value, 1); /* of zeros a zero */
-            if (wanted != BOTH_PRODUCTS) continue;
-            if (j + (i + 1) * QZ_LANES > block) clear_beyond(&found.value, j + i * QZ_LANES, block);
-            add_products(&sums.cc, i, found.value, found.value, 1);
-        }
-        if (stored_bits == 4) {
-            store_nibbles(packed, codes);
-        } else {
-            store_packed(packed, bytes_from_i32(codes[0], codes[1], codes[2], codes[3]), stored_bits);
-        }
+        for (int i = 0; i < 4; i++) v[i] = load_f32(x + j + i * QZ_LANES);
+        encode_four(packed, &sums, v, j, block, book, &scale, wanted, bits, stored_bits);
     }
-    if (wanted != NO_PRODUCTS) store_f32(vc, joined_chains(sums.vc.v));
-    if (wanted == BOTH_PRODUCTS) store_f32(cc, joined_chains(sums.cc.v));
+    store_products(vc, cc, &sums, wanted);
 }
 
 QZ_INLINE void encode_wanted(uint8_t *packed, float *vc, float *cc, const float *x, ptrdiff_t block,
@@ -204,6 +217,80 @@ static void encode_one(encoder *e, const qz_kv_codec *codec, const some_blocks *
     if (!writes_no_more) memcpy(blocks->packed[index], e->packed, (size_t)(block / 8 * bits));
 }
 
+#if QZ_LANES == 16
+/* Blocks of 128, 4 bits each, are transformed two side by side, so that a CPU finds enough to do at a time, beside
+ * their sums of squares; all of some_blocks, before the first of them is searched. */
+enum { SIDES = 2, SIDE_VECTORS = 8, SIDE_BLOCK = SIDE_VECTORS * QZ_LANES };
+
+QZ_INLINE void transform_sides(float *x, float *squares, const some_blocks *blocks, ptrdiff_t first, int sides) {
+    v_f32 v[SIDES * SIDE_VECTORS];
+    QZ_UNROLL
+    for (int side = 0; side < sides; side++) {
+        chain_sums sums;
+        clear_chains(&sums);
+        QZ_UNROLL
+        for (int i = 0; i < SIDE_VECTORS; i++) {
+            const float *from = blocks->from[first + side] + i * QZ_LANES;
+            v_f32 *of_side = v + side * SIDE_VECTORS;
+            of_side[i] = turn(load_f32(from), blocks->flips[first + side] + i * QZ_LANES);
+            add_products(&sums, i, of_side[i], of_side[i], 1);
+            __builtin_prefetch(from + QZ_LANES * SIDE_BLOCK); /* of those that come next */
+        }
+        store_f32(squares + (first + side) * QZ_LANES, sums.v[0]);
+    }
+    butterflies_within(v, sides * SIDE_VECTORS, QZ_LANES);
+    QZ_UNROLL
+    for (int side = 0; side < sides; side++) {
+        butterflies_between(v + side * SIDE_VECTORS, SIDE_VECTORS);
+        QZ_UNROLL
+        for (int i = 0; i < SIDE_VECTORS; i++)
+            store_f32(x + (first + side) * SIDE_BLOCK + i * QZ_LANES, v[side * SIDE_VECTORS + i]);
+    }
+}
+
+static __attribute__((noinline)) void QZ_NAME(transform_128)(float *x, float *squares, const some_blocks *blocks) {
+    ptrdiff_t i = 0;
+    for (; i + SIDES <= blocks->count; i += SIDES) transform_sides(x, squares, blocks, i, SIDES);
+    if (i < blocks->count) transform_sides(x, squares, blocks, i, 1);
+}
+
+static __attribute__((noinline)) void QZ_NAME(search_128)(const some_blocks *blocks, const float *x, const codebook *of,
+                                                          const float *norms, const float *inverses, float *vc) {
+    const codebook book = *of; /* which what is written cannot change */
+    for (ptrdiff_t i = 0; i < blocks->count; i++)
+        encode_bits(blocks->packed[i], vc + i * QZ_LANES, NULL, x + i * SIDE_BLOCK, SIDE_BLOCK, &book, norms[i],
+                    inverses[i], ONLY_VC, 4, 4);
+}
+
+/* Whether all blocks went that way. */
+static int encode_sides(encoder *e, const qz_kv_codec *codec, const some_blocks *blocks) {
+    _Alignas(64) float chains[QZ_LANES * QZ_LANES];
+    float squares[QZ_LANES], norms[QZ_LANES], inverses[QZ_LANES], vc[QZ_LANES];
+    const float root = (float)sqrt((double)SIDE_BLOCK);
+    int all_usual = 1;
+    if (codec->bits != 4 || codec->scale != QZ_KV_UNBIASED || codec->block != SIDE_BLOCK || codec->rotation.order != 1)
+        return 0;
+    QZ_NAME(transform_128)(e->x, chains, blocks);
+    sum_chains(squares, chains, blocks->count);
+    for (ptrdiff_t i = 0; i < blocks->count; i++) all_usual &= is_usual(squares[i]);
+    if (!all_usual) return 0;
+    for (int i = 0; i < QZ_LANES; i++) norms[i] = sqrtf(squares[i]);
+    for (int i = 0; i < QZ_LANES; i++) inverses[i] = 1.0f / norms[i];
+    QZ_NAME(search_128)(blocks, e->x, &e->book, norms, inverses, chains);
+    sum_chains(vc, chains, blocks->count);
+    for (int i = 0; i < QZ_LANES; i++) vc[i] = squares[i] * root / vc[i];
+    memcpy(blocks->norms, vc, (size_t)blocks->count * sizeof *vc);
+    return 1;
+}
+#else
+static int encode_sides(encoder *e, const qz_kv_codec *codec, const some_blocks *blocks) {
+    (void)e;
+    (void)codec;
+    (void)blocks;
+    return 0;
+}
+#endif
+
 /* With x the elements and v those of the transform, |v|^2 = block |x|^2: an element divided by the root of the mean
  * square of all is v/|x|. Boundaries times |x| do as well. */
 static void encode_blocks(encoder *e, const qz_kv_codec *codec, const some_blocks *blocks) {
@@ -211,6 +298,7 @@ static void encode_blocks(encoder *e, const qz_kv_codec *codec, const some_block
     const float root = (float)sqrt((double)codec->block);
     float chains[3][QZ_LANES * QZ_LANES], squares[QZ_LANES], norms[QZ_LANES], inverses[QZ_LANES];
     float vc[QZ_LANES], cc[QZ_LANES];
+    if (encode_sides(e, codec, blocks)) return;
     for (ptrdiff_t i = 0; i < count; i++)
         store_square_chains(chains[0] + i * QZ_LANES, blocks->from[i], codec->block, 1);
     sum_chains(squares, chains[0], count);

@@ -478,10 +478,6 @@ QZ_INLINE void store_nibbles(uint8_t *packed, const v_i32 codes[4]) {
     _mm256_storeu_si256((__m256i *)packed, joined);
 }
 
-/* Every even element twice, and every odd one: by loads alone. */
-static inline v_f32 load_even_f32(const float *from) { return _mm512_moveldup_ps(_mm512_loadu_ps(from)); }
-static inline v_f32 load_odd_f32(const float *from) { return _mm512_movehdup_ps(_mm512_loadu_ps(from)); }
-
 /* VRANGEPS: the smaller magnitude (2) with the sign of the first operand. */
 static inline v_f32 clamp_f32(v_f32 v, v_f32 most) { return _mm512_range_ps(v, most, 2); }
 
