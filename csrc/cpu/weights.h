@@ -7,7 +7,7 @@
 /* Whether there are too few rows of x for panels to pay in the exact class: of fewer digits each row takes less time.
  */
 static inline int qz_is_few(const qz_format_kernels *kernels, ptrdiff_t rows, int digits) {
-    return rows < kernels->min_prefill || rows < 10 - 2 * digits;
+    return rows < kernels->min_prefill || rows < 6 - digits;
 }
 
 /* How many pieces of work, each of so many multiplications, a thread should take at a time. */

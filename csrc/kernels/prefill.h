@@ -254,6 +254,23 @@ QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, con
     }
 }
 
+/* What a panel is made of, to be fetched while another one is multiplied: lines here and there, which hardware does not
+ * foresee. Asked for all at once they would keep everything else waiting. */
+typedef struct panel_source {
+    const char *w, *scales, *biases; /* of the first weight row */
+    ptrdiff_t w_stride, scale_stride, bias_stride, bytes;
+} panel_source;
+
+/* Share `part` of QZ_PANEL_BLOCKS. */
+QZ_INLINE void prefetch_part(const panel_source *from, int part, int has_bias) {
+    const int rows = (QZ_TILE_OUTPUTS + QZ_PANEL_BLOCKS - 1) / QZ_PANEL_BLOCKS;
+    for (int r = part * rows; r < (part + 1) * rows; r++) {
+        for (ptrdiff_t i = 0; i < from->bytes; i += 64) prefetch(from->w + r * from->w_stride + i);
+        prefetch(from->scales + r * from->scale_stride);
+        if (has_bias) prefetch(from->biases + r * from->bias_stride);
+    }
+}
+
 /* A panel, or its first blocks, against rows of x that follow each other. */
 typedef struct panel_rows {
     float *y;
@@ -262,6 +279,8 @@ typedef struct panel_rows {
     const char *x; /* the first row as prepared, whose chunk_numbers are `numbers` bytes from there */
     ptrdiff_t x_stride, numbers, first;
     int blocks, rows, block, digits;
+    int is_first; /* tile of the panel, which fetches the next one */
+    panel_source next;
 } panel_rows;
 
 /* `rows` is at least t->rows; the last row stands in for those beyond. Of the format only what a tile asks for matters:
@@ -279,6 +298,7 @@ QZ_INLINE void multiply_rows_t(const panel_rows *t, int rows, int bits, int bloc
     for (int b = 0; b < t->blocks; b++) {
         tile_sums low, high;
         const ptrdiff_t at = t->first + b;
+        if (t->is_first) prefetch_part(&t->next, b, QZ_HAS_BIAS(bits));
         sum_tile(low, high, codes_of_block(t->panel, b, block), strips, at * block * bytes, rows, bits, block, digits,
                  wide);
         const tile_columns columns = columns_of_block(t->panel, b, bits, digits, wide);
@@ -332,10 +352,9 @@ QZ_INLINE int rows_of_tile(ptrdiff_t left) {
     return left >= 2 * QZ_TILE_M ? QZ_TILE_M : left > QZ_TILE_M ? (int)((left + 1) / 2) : (int)left;
 }
 
-/* Fetches what the panel after that of `column` and `first` is made of: lines here and there, which hardware does not
- * foresee. After the last one the rows that follow those of the job. */
-QZ_INLINE void prefetch_next_panel(const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first, int bits, int block,
-                                   int per_group) {
+/* Of the panel after that of `column` and `first`. After the last one, of the rows that follow those of the job. */
+QZ_INLINE panel_source next_panel(const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first, int bits, int block,
+                                  int per_group) {
     const qz_scales *from = &job->scales;
     column += QZ_TILE_OUTPUTS;
     if (column >= job->rows) {
@@ -346,18 +365,14 @@ QZ_INLINE void prefetch_next_panel(const qz_matmul_job *job, ptrdiff_t column, p
         first = 0;
         column = job->rows;
     }
-    const ptrdiff_t group = group_of(first, per_group);
-    const uint8_t *w = job->w + column * job->w_row_stride + first * block * QZ_STORED_BITS(bits) / 8;
-    const char *s = from->scales + column * from->scale_row_stride + group * from->scale_group_stride;
-    const char *b = from->biases + column * from->bias_row_stride + group * from->bias_group_stride;
-    for (int r = 0; r < QZ_TILE_OUTPUTS; r++) {
-        for (int i = 0; i < QZ_PANEL_BLOCKS * block * QZ_STORED_BITS(bits) / 8; i += 64) prefetch(w + i);
-        prefetch(s);
-        if (QZ_HAS_BIAS(bits)) prefetch(b);
-        w += job->w_row_stride;
-        s += from->scale_row_stride;
-        b += from->bias_row_stride;
-    }
+    const ptrdiff_t group = group_of(first, per_group), block_bytes = block * QZ_STORED_BITS(bits) / 8;
+    return (panel_source){(const char *)job->w + column * job->w_row_stride + first * block_bytes,
+                          from->scales + column * from->scale_row_stride + group * from->scale_group_stride,
+                          from->biases + column * from->bias_row_stride + group * from->bias_group_stride,
+                          job->w_row_stride,
+                          from->scale_row_stride,
+                          from->bias_row_stride,
+                          QZ_PANEL_BLOCKS * block_bytes};
 }
 
 QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digits) {
@@ -365,17 +380,18 @@ QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digi
     panel_t panel;
     const ptrdiff_t blocks = job->columns / block;
     const ptrdiff_t numbers = padded_blocks(job->columns, block) * block * strip_bytes(bits, digits);
-    panel_rows t = {NULL, job->y_stride, &panel, NULL, job->x_stride, numbers, 0, 0, 0, block, digits};
+    panel_rows t = {NULL, job->y_stride, &panel, NULL, job->x_stride, numbers, 0, 0, 0, block, digits, 0, {0}};
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     for (t.first = 0; t.first < blocks; t.first += QZ_PANEL_BLOCKS) {
         t.blocks = blocks - t.first < QZ_PANEL_BLOCKS ? (int)(blocks - t.first) : QZ_PANEL_BLOCKS;
         for (ptrdiff_t column = 0; column < job->rows; column += QZ_TILE_OUTPUTS) {
             load_panel_t(&panel, 0, job, column, t.first, t.blocks, bits, block, per_group, digits);
-            prefetch_next_panel(job, column, t.first, bits, block, per_group);
+            t.next = next_panel(job, column, t.first, bits, block, per_group);
             for (ptrdiff_t m = 0; m < job->m; m += t.rows) {
                 t.rows = rows_of_tile(job->m - m);
                 t.y = job->y + m * job->y_stride + column;
                 t.x = job->x + m * job->x_stride;
+                t.is_first = m == 0;
                 multiply_panel_t(&t, bits, block, digits);
             }
         }
