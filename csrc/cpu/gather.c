@@ -139,7 +139,7 @@ static ptrdiff_t y_row(const gather *g, ptrdiff_t row) { return g->order[row / g
 
 static form form_of_rows(const gather *g, ptrdiff_t m) {
     if (!g->product->transpose) return PLAIN;
-    if (g->product->digits > 0) return m < QZ_MIN_PREFILL ? DECODE : PREFILL;
+    if (g->product->digits > 0) return qz_is_few(g->kernels, m, g->product->digits) ? DECODE : PREFILL;
     return g->run_last - g->run_first <= QZ_FLOAT_FEW ? FEW : PLAIN;
 }
 
@@ -343,7 +343,7 @@ static void size_slots(gather *g) {
     size_t size = 0;
     if (a->transpose && a->digits > 0) {
         const size_t few = kernel_of(g, DECODE)->prepared_size(g->k), many = kernel_of(g, PREFILL)->prepared_size(g->k);
-        size = g->total >= QZ_MIN_PREFILL && many > few ? many : few;
+        size = !qz_is_few(g->kernels, g->total, a->digits) && many > few ? many : few;
     } else if (a->transpose) {
         size = g->kernels->plain.prepared_size(g->k, g->group_size);
     }

@@ -213,7 +213,8 @@ static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows, qz_arena *arena) {
     const qz_array *w = &a->w;
     size_t k = (size_t)c->k, digits = (size_t)a->digits - 1;
     const qz_format_kernels *definition = qz_definition()->format(a->format, a->group_slot);
-    c->kernel = rows < QZ_MIN_PREFILL ? &c->kernels->decode_t[digits] : &c->kernels->prefill_t[digits];
+    const int few = qz_is_few(c->kernels, rows, a->digits);
+    c->kernel = few ? &c->kernels->decode_t[digits] : &c->kernels->prefill_t[digits];
     int strided = qz_words_are_apart(w);
     c->in_place = a->transpose && a->x.type == QZ_F32 && qz_last_stride(&a->x) == 4 && qz_is_aligned(&a->x);
     c->in_place = c->in_place && qz_last(&a->x) == c->k;

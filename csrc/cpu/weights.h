@@ -4,9 +4,11 @@
 
 #include "cpu.h"
 
-/* From so many rows of x on, transposing the codes pays in the exact class. */
-enum { QZ_MIN_PREFILL = 8 };
-_Static_assert(QZ_MIN_PREFILL <= QZ_DECODE_ROWS + 1, "decode_t takes all rows of x below");
+/* Whether there are too few rows of x for panels to pay in the exact class: of fewer digits each row takes less time.
+ */
+static inline int qz_is_few(const qz_format_kernels *kernels, ptrdiff_t rows, int digits) {
+    return rows < kernels->min_prefill || rows < 6 - digits;
+}
 
 /* How many pieces of work, each of so many multiplications, a thread should take at a time. */
 ptrdiff_t qz_product_grain(ptrdiff_t pieces, double multiplications, ptrdiff_t threads);

@@ -341,6 +341,19 @@ QZ_INLINE void load_panel_scales(panel_scales *to, const qz_matmul_job *job, ptr
     const ptrdiff_t groups = job->columns / job->group_size;
     const char *s = from->scales + first * from->scale_row_stride;
     const char *b = from->biases + first * from->bias_row_stride;
+#ifdef QZ_LOADS_SOME
+    int done = 1;
+    for (int lane = 0; lane < QZ_ACROSS && done; lane += QZ_LANES) {
+        rows_of_lanes of;
+        for (int i = 0; i < QZ_LANES; i++) {
+            const ptrdiff_t r = first + (lane + i < rows ? lane + i : rows - 1);
+            of.scales[i] = r * from->scale_row_stride;
+            of.biases[i] = r * from->bias_row_stride;
+        }
+        done = QZ_NAME(load_columns)(to->scales[0] + lane, to->biases[0] + lane, QZ_ACROSS, from, &of, (int)groups, 1);
+    }
+    if (done) return;
+#endif
     for (ptrdiff_t g = 0; g < groups; g++) {
         QZ_NAME(load)(to->scales[g], s + g * from->scale_group_stride, from->scale_row_stride, from->scale_type, rows);
         QZ_NAME(load)(to->biases[g], b + g * from->bias_group_stride, from->bias_row_stride, from->bias_type, rows);

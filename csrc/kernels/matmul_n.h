@@ -162,27 +162,6 @@ QZ_INLINE v_i32 store_quads(int8_t *strip, int at, const v_i32 v[4], v_i32 tops,
     return dot4(tops, u8_of_i32(set1_i32(0x1010101)), u8_of_i32(top), 1);
 }
 
-/* max_i32 of each of QZ_LANES vectors. */
-QZ_INLINE v_i32 greatest_i32(v_f32 v[QZ_LANES]) {
-    transpose_f32(v);
-    v_i32 most = bits_of_f32(v[0]);
-    QZ_UNROLL
-    for (int i = 1; i < QZ_LANES; i++) most = max_i32(most, bits_of_f32(v[i]));
-    return most;
-}
-
-/* fixed_point_exponent of each lane: 2^e and 2^-e. */
-QZ_INLINE v_f32 powers_of_two(float scale[QZ_LANES], float inverse[QZ_LANES], v_i32 largest, int p) {
-    const v_i32 field = shr_u32(add_i32(largest, set1_i32((int32_t)fixed_point_carry(p))), 23);
-    const v_i32 biased = max_i32(sub_i32(field, set1_i32(p - 1)), set1_i32(1));
-    const v_f32 power = f32_of_bits(shl_i32(biased, 23));
-    store_f32(scale, power);
-    store_f32(inverse, f32_of_bits(shl_i32(sub_i32(set1_i32(254), biased), 23)));
-    return power;
-}
-
-QZ_INLINE v_i32 magnitude_f32(v_f32 v) { return and_i32(bits_of_f32(v), set1_i32(0x7fffffff)); }
-
 /* The largest magnitudes of t and of z. */
 QZ_INLINE void largest_of_row(v_f32 *t, v_f32 *z, const float *x, const group_n *group, int bits) {
     v_i32 most_t = set1_i32(0), most_z = set1_i32(0);

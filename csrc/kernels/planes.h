@@ -120,22 +120,51 @@ QZ_INLINE int fixed_point(int32_t *v, const float *x, int count, int p, float *s
     return 1;
 }
 
+/* max_i32 of each of QZ_LANES vectors. */
+QZ_INLINE v_i32 greatest_i32(v_f32 v[QZ_LANES]) {
+    transpose_f32(v);
+    v_i32 most = bits_of_f32(v[0]);
+    QZ_UNROLL
+    for (int i = 1; i < QZ_LANES; i++) most = max_i32(most, bits_of_f32(v[i]));
+    return most;
+}
+
+/* fixed_point_exponent of each lane: 2^e and 2^-e. */
+QZ_INLINE v_f32 powers_of_two(float scale[QZ_LANES], float inverse[QZ_LANES], v_i32 largest, int p) {
+    const v_i32 field = shr_u32(add_i32(largest, set1_i32((int32_t)fixed_point_carry(p))), 23);
+    const v_i32 biased = max_i32(sub_i32(field, set1_i32(p - 1)), set1_i32(1));
+    const v_f32 power = f32_of_bits(shl_i32(biased, 23));
+    store_f32(scale, power);
+    store_f32(inverse, f32_of_bits(shl_i32(sub_i32(set1_i32(254), biased), 23)));
+    return power;
+}
+
+QZ_INLINE v_i32 magnitude_f32(v_f32 v) { return and_i32(bits_of_f32(v), set1_i32(0x7fffffff)); }
+
 /* Digit d of v is byte d of (v + 0x808080) ^ 0x808080: adding 128 at every place turns the balanced digits into plain
  * bytes, and the exclusive or takes the 128 away again. The address of digit 0 of element k is at; that of digit d is
- * d * step further. Returns sum(v) and leaves the sum of the top digits, v + 0x8080 >> 16, in *high. */
-QZ_INLINE int32_t store_digits(int8_t *at, ptrdiff_t step, const int32_t *v, int count, int digits, int32_t *high) {
+ * d * step further. store_some_digits stores those of a vector, and returns `tops` plus the top digits,
+ * v + 0x8080 >> 16. */
+QZ_INLINE v_i32 store_some_digits(int8_t *at, ptrdiff_t step, v_i32 v, int digits, v_i32 tops) {
     const v_i32 bias = set1_i32(0x808080 & ((1 << 8 * digits) - 1));
+    v_i32 biased = add_i32(v, bias);
+    uint8_t *to = (uint8_t *)at;
+    if (digits == 3) tops = add_i32(tops, sub_i32(shr_u32(biased, 16), set1_i32(128)));
+    biased = xor_i32(biased, bias);
+    store_low_u8(to, biased);
+    if (digits > 1) store_low_u8(to + step, shr_u32(biased, 8));
+    if (digits > 2) store_low_u8(to + 2 * step, shr_u32(biased, 16));
+    return tops;
+}
+
+/* Returns sum(v) and leaves the sum of the top digits in *high. */
+QZ_INLINE int32_t store_digits(int8_t *at, ptrdiff_t step, const int32_t *v, int count, int digits, int32_t *high) {
     v_i32 sum = set1_i32(0), highs = set1_i32(0);
     int32_t sums[QZ_LANES], tops[QZ_LANES];
     for (int i = 0; i < count; i += QZ_LANES) {
-        v_i32 element = load_i32(v + i), biased = add_i32(element, bias);
-        uint8_t *to = (uint8_t *)at + i;
+        const v_i32 element = load_i32(v + i);
         sum = add_i32(sum, element);
-        if (digits == 3) highs = add_i32(highs, sub_i32(shr_u32(biased, 16), set1_i32(128)));
-        biased = xor_i32(biased, bias);
-        store_low_u8(to, biased);
-        if (digits > 1) store_low_u8(to + step, shr_u32(biased, 8));
-        if (digits > 2) store_low_u8(to + 2 * step, shr_u32(biased, 16));
+        highs = store_some_digits(at + i, step, element, digits, highs);
     }
     store_i32(sums, sum);
     store_i32(tops, highs);

@@ -24,6 +24,7 @@ QZ_INLINE tile_codes codes_of_block(const panel_t *panel, int b, int block) {
 
 #ifndef QZ_PANEL_FOLD
 #define QZ_PANEL_FOLD(bits) 1
+#define QZ_FORGET_REGISTERS (void)0
 #endif
 
 /* Scales or biases of QZ_LANES weight rows become columns, from `first` on; each of the `blocks` blocks gets its
@@ -48,8 +49,6 @@ typedef struct rows_of_lanes {
 } rows_of_lanes;
 
 #ifdef QZ_LOADS_SOME
-_Static_assert(2 * QZ_PANEL_BLOCKS <= QZ_LANES, "the groups of a panel fill half a vector");
-
 QZ_INLINE v_f32 load_some_scales(const char *from, ptrdiff_t count, qz_type type) {
     const ptrdiff_t size = type == QZ_F32 ? 4 : type == QZ_F16 || type == QZ_BF16 ? 2 : 1;
     const v_u8 bytes = load_some_u8((const uint8_t *)from, count * size);
@@ -59,42 +58,43 @@ QZ_INLINE v_f32 load_some_scales(const char *from, ptrdiff_t count, qz_type type
     return size == 1 ? scales_of_bytes(copy, type) : load_floats((const char *)copy, 0, type);
 }
 
-/* Scales and biases of groups that are neighbours, all of one type, turned together. */
-QZ_INLINE void load_columns_of(panel_t *panel, int at, int first, const qz_scales *from, const rows_of_lanes *rows,
-                               qz_type type, int blocks, int per_group) {
-    const ptrdiff_t groups = group_of(blocks + per_group - 1, per_group);
+/* Scales and biases of QZ_LANES rows and of `groups` groups that are neighbours, half a vector at most, all of one
+ * type, turned together: columns `pitch` floats apart, of which `each` are the same. No biases: NULL. */
+QZ_INLINE void load_columns_of(float *scales, float *biases, ptrdiff_t pitch, const qz_scales *from,
+                               const rows_of_lanes *rows, qz_type type, int groups, int each) {
     v_f32 columns[QZ_LANES];
     QZ_UNROLL
     for (int i = 0; i < QZ_LANES; i++) {
-        const v_f32 scales = load_some_scales(from->scales + rows->scales[i], groups, type);
-        const v_f32 biases = load_some_scales(from->biases + rows->biases[i], groups, type);
-        columns[i] = join_lower_f32(scales, biases);
+        const v_f32 scale = load_some_scales(from->scales + rows->scales[i], groups, type);
+        const v_f32 bias = load_some_scales(from->biases + rows->biases[i], groups, type);
+        columns[i] = join_lower_f32(scale, bias);
     }
     transpose_f32(columns);
     QZ_UNROLL
-    for (int b = 0; b < QZ_PANEL_BLOCKS; b++) {
-        const int group = per_group == 1 ? b : b / 2;
-        if (b >= blocks) break;
-        store_f32(panel->scales[at + b] + first, columns[group]);
-        if (at + b < QZ_PANEL_BLOCKS) store_f32(panel->centred[at + b] + first, columns[QZ_LANES / 2 + group]);
+    for (int g = 0; g < QZ_LANES / 2; g++) {
+        for (int i = g * each; g < groups && i < (g + 1) * each; i++) {
+            store_f32(scales + i * pitch, columns[g]);
+            if (biases) store_f32(biases + i * pitch, columns[QZ_LANES / 2 + g]);
+        }
     }
 }
 
 /* Not inline: it is the same for all formats. Returns 0 where it does not serve. */
-static __attribute__((noinline)) int QZ_NAME(load_columns)(panel_t *panel, int at, int first, const qz_scales *from,
-                                                           const rows_of_lanes *rows, int blocks, int per_group) {
+static __attribute__((noinline)) int QZ_NAME(load_columns)(float *scales, float *biases, ptrdiff_t pitch,
+                                                           const qz_scales *from, const rows_of_lanes *rows, int groups,
+                                                           int each) {
     const ptrdiff_t stride = from->scale_group_stride;
-    if (from->scale_type != from->bias_type || stride != from->bias_group_stride) return 0;
+    if (groups > QZ_LANES / 2 || from->scale_type != from->bias_type || stride != from->bias_group_stride) return 0;
     if (from->scale_type == QZ_F32 && stride == 4) {
-        load_columns_of(panel, at, first, from, rows, QZ_F32, blocks, per_group);
+        load_columns_of(scales, biases, pitch, from, rows, QZ_F32, groups, each);
     } else if (from->scale_type == QZ_F16 && stride == 2) {
-        load_columns_of(panel, at, first, from, rows, QZ_F16, blocks, per_group);
+        load_columns_of(scales, biases, pitch, from, rows, QZ_F16, groups, each);
     } else if (from->scale_type == QZ_BF16 && stride == 2) {
-        load_columns_of(panel, at, first, from, rows, QZ_BF16, blocks, per_group);
+        load_columns_of(scales, biases, pitch, from, rows, QZ_BF16, groups, each);
     } else if (from->scale_type == QZ_E8M0 && stride == 1) {
-        load_columns_of(panel, at, first, from, rows, QZ_E8M0, blocks, per_group);
+        load_columns_of(scales, biases, pitch, from, rows, QZ_E8M0, groups, each);
     } else if (from->scale_type == QZ_E4M3 && stride == 1) {
-        load_columns_of(panel, at, first, from, rows, QZ_E4M3, blocks, per_group);
+        load_columns_of(scales, biases, pitch, from, rows, QZ_E4M3, groups, each);
     } else {
         return 0;
     }
@@ -106,7 +106,10 @@ static __attribute__((noinline)) int QZ_NAME(load_columns)(panel_t *panel, int a
 QZ_INLINE void load_columns(panel_t *panel, int at, int first, const qz_scales *from, const rows_of_lanes *rows,
                             int blocks, int per_group, int has_bias) {
 #ifdef QZ_LOADS_SOME
-    if (QZ_NAME(load_columns)(panel, at, first, from, rows, blocks, per_group)) return;
+    const int groups = (int)group_of(blocks + per_group - 1, per_group);
+    float *biases = has_bias ? panel->centred[at] + first : NULL;
+    if (QZ_NAME(load_columns)(panel->scales[at] + first, biases, QZ_TILE_OUTPUTS, from, rows, groups, per_group))
+        return;
 #endif
     load_columns_of_any(panel->scales + at, first, from->scales, rows->scales, from->scale_group_stride,
                         from->scale_type, blocks, per_group);
@@ -146,13 +149,14 @@ QZ_INLINE void store_quads_of(uint8_t *to, v_f32 column, ptrdiff_t pitch, int bi
 }
 
 /* The codes of QZ_LANES weight rows, `count` from w[i] on, as quads of neighbouring outputs. Where QZ_PANEL_FOLD is not
- * 1, four bytes of a row hold as many quads, each of every QZ_PANEL_FOLD-th code (see fold_block). */
+ * 1, four bytes of a row hold as many quads, each of every QZ_PANEL_FOLD-th code (see fold_lanes). */
 QZ_INLINE void load_quads(uint8_t *to, const uint8_t *const w[QZ_LANES], ptrdiff_t count, int bits) {
     const int fold = QZ_PANEL_FOLD(QZ_STORED_BITS(bits)), step = fold * QZ_VECTOR_BYTES;
     const ptrdiff_t pitch = 4 * QZ_TILE_OUTPUTS;
     for (ptrdiff_t k = 0; k < count; k += step) {
         const ptrdiff_t place = k * QZ_STORED_BITS(bits) / 8;
         v_f32 lines[QZ_LANES];
+        QZ_FORGET_REGISTERS; /* so that addresses are read again: there are too many, and copies in vectors cost more */
         if (count - k >= step) {
             load_lines(lines, w, place, step, bits);
         } else {
@@ -250,14 +254,33 @@ QZ_INLINE void add_tile_terms(float *y, const v_i32 *low, const v_i32 *high, con
     }
 }
 
+/* What a panel is made of, to be fetched while another one is multiplied: lines here and there, which hardware does not
+ * foresee. Asked for all at once they would keep everything else waiting. */
+typedef struct panel_source {
+    const char *w, *scales, *biases; /* of the first weight row */
+    ptrdiff_t w_stride, scale_stride, bias_stride, bytes;
+} panel_source;
+
+/* Share `part` of QZ_PANEL_BLOCKS. */
+QZ_INLINE void prefetch_part(const panel_source *from, int part, int has_bias) {
+    const int rows = (QZ_TILE_OUTPUTS + QZ_PANEL_BLOCKS - 1) / QZ_PANEL_BLOCKS;
+    for (int r = part * rows; r < (part + 1) * rows; r++) {
+        for (ptrdiff_t i = 0; i < from->bytes; i += 64) prefetch(from->w + r * from->w_stride + i);
+        prefetch(from->scales + r * from->scale_stride);
+        if (has_bias) prefetch(from->biases + r * from->bias_stride);
+    }
+}
+
 /* A panel, or its first blocks, against rows of x that follow each other. */
 typedef struct panel_rows {
     float *y;
     ptrdiff_t y_stride;
     const panel_t *panel;
-    const char *x; /* the first row as prepared, for k */
-    ptrdiff_t x_stride, k, first;
+    const char *x; /* the first row as prepared, whose chunk_numbers are `numbers` bytes from there */
+    ptrdiff_t x_stride, numbers, first;
     int blocks, rows, block, digits;
+    int is_first; /* tile of the panel, which fetches the next one */
+    panel_source next;
 } panel_rows;
 
 /* `rows` is at least t->rows; the last row stands in for those beyond. Of the format only what a tile asks for matters:
@@ -268,12 +291,14 @@ QZ_INLINE void multiply_rows_t(const panel_rows *t, int rows, int bits, int bloc
     const int8_t *strips[QZ_TILE_M];
     QZ_UNROLL
     for (int r = 0; r < rows; r++) {
-        x[r] = planes_at(t->x + (r < t->rows ? r : t->rows - 1) * t->x_stride, t->k, block, bytes);
+        const char *row = t->x + (r < t->rows ? r : t->rows - 1) * t->x_stride;
+        x[r] = (planes){(int8_t *)row, (chunk_numbers *)(row + t->numbers)};
         strips[r] = x[r].digits;
     }
     for (int b = 0; b < t->blocks; b++) {
         tile_sums low, high;
         const ptrdiff_t at = t->first + b;
+        if (t->is_first) prefetch_part(&t->next, b, QZ_HAS_BIAS(bits));
         sum_tile(low, high, codes_of_block(t->panel, b, block), strips, at * block * bytes, rows, bits, block, digits,
                  wide);
         const tile_columns columns = columns_of_block(t->panel, b, bits, digits, wide);
@@ -327,10 +352,9 @@ QZ_INLINE int rows_of_tile(ptrdiff_t left) {
     return left >= 2 * QZ_TILE_M ? QZ_TILE_M : left > QZ_TILE_M ? (int)((left + 1) / 2) : (int)left;
 }
 
-/* Fetches what the panel after that of `column` and `first` is made of: lines here and there, which hardware does not
- * foresee. After the last one the rows that follow those of the job. */
-QZ_INLINE void prefetch_next_panel(const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first, int bits, int block,
-                                   int per_group) {
+/* Of the panel after that of `column` and `first`. After the last one, of the rows that follow those of the job. */
+QZ_INLINE panel_source next_panel(const qz_matmul_job *job, ptrdiff_t column, ptrdiff_t first, int bits, int block,
+                                  int per_group) {
     const qz_scales *from = &job->scales;
     column += QZ_TILE_OUTPUTS;
     if (column >= job->rows) {
@@ -341,35 +365,33 @@ QZ_INLINE void prefetch_next_panel(const qz_matmul_job *job, ptrdiff_t column, p
         first = 0;
         column = job->rows;
     }
-    const ptrdiff_t group = group_of(first, per_group);
-    const uint8_t *w = job->w + column * job->w_row_stride + first * block * QZ_STORED_BITS(bits) / 8;
-    const char *s = from->scales + column * from->scale_row_stride + group * from->scale_group_stride;
-    const char *b = from->biases + column * from->bias_row_stride + group * from->bias_group_stride;
-    for (int r = 0; r < QZ_TILE_OUTPUTS; r++) {
-        for (int i = 0; i < QZ_PANEL_BLOCKS * block * QZ_STORED_BITS(bits) / 8; i += 64) prefetch(w + i);
-        prefetch(s);
-        if (QZ_HAS_BIAS(bits)) prefetch(b);
-        w += job->w_row_stride;
-        s += from->scale_row_stride;
-        b += from->bias_row_stride;
-    }
+    const ptrdiff_t group = group_of(first, per_group), block_bytes = block * QZ_STORED_BITS(bits) / 8;
+    return (panel_source){(const char *)job->w + column * job->w_row_stride + first * block_bytes,
+                          from->scales + column * from->scale_row_stride + group * from->scale_group_stride,
+                          from->biases + column * from->bias_row_stride + group * from->bias_group_stride,
+                          job->w_row_stride,
+                          from->scale_row_stride,
+                          from->bias_row_stride,
+                          QZ_PANEL_BLOCKS * block_bytes};
 }
 
 QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digits) {
     const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
     panel_t panel;
     const ptrdiff_t blocks = job->columns / block;
-    panel_rows t = {NULL, job->y_stride, &panel, NULL, job->x_stride, job->columns, 0, 0, 0, block, digits};
+    const ptrdiff_t numbers = padded_blocks(job->columns, block) * block * strip_bytes(bits, digits);
+    panel_rows t = {NULL, job->y_stride, &panel, NULL, job->x_stride, numbers, 0, 0, 0, block, digits, 0, {0}};
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     for (t.first = 0; t.first < blocks; t.first += QZ_PANEL_BLOCKS) {
         t.blocks = blocks - t.first < QZ_PANEL_BLOCKS ? (int)(blocks - t.first) : QZ_PANEL_BLOCKS;
         for (ptrdiff_t column = 0; column < job->rows; column += QZ_TILE_OUTPUTS) {
             load_panel_t(&panel, 0, job, column, t.first, t.blocks, bits, block, per_group, digits);
-            prefetch_next_panel(job, column, t.first, bits, block, per_group);
+            t.next = next_panel(job, column, t.first, bits, block, per_group);
             for (ptrdiff_t m = 0; m < job->m; m += t.rows) {
                 t.rows = rows_of_tile(job->m - m);
                 t.y = job->y + m * job->y_stride + column;
                 t.x = job->x + m * job->x_stride;
+                t.is_first = m == 0;
                 multiply_panel_t(&t, bits, block, digits);
             }
         }
@@ -381,18 +403,7 @@ QZ_INLINE size_t strips_size(ptrdiff_t k, int bits, int block, int digits) {
     return planes_size(k, block, strip_bytes(bits, digits));
 }
 
-/* A block in the order of a panel's quads. */
-QZ_INLINE void fold_block(int32_t *v, int block, int fold) {
-    int32_t copy[QZ_MAX_BLOCK];
-    if (fold == 1) return;
-    memcpy(copy, v, (size_t)block * sizeof *v);
-    for (int i = 0; i < block; i += 4 * fold) {
-        for (int f = 0; f < fold; f++) {
-            for (int j = 0; j < 4; j++) v[i + 4 * f + j] = copy[i + fold * j + f];
-        }
-    }
-}
-
+#if QZ_PAIRS
 QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
     const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
     const int bytes = strip_bytes(bits, digits);
@@ -401,7 +412,6 @@ QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bi
         int32_t v[QZ_MAX_BLOCK], high, offset, offset_high;
         float scale;
         if (!fixed_point(v, x + b * block, block, p, &scale)) return 0;
-        fold_block(v, block, QZ_PANEL_FOLD(QZ_STORED_BITS(bits)));
         const ptrdiff_t place = strip_place(b, k / block, bits, block);
         const int32_t sum = store_strip(to.digits + place * block * bytes, v, block, bits, digits, wide, &high);
         set_strip_offsets(&offset, &offset_high, sum, high, bits, digits, wide);
@@ -409,3 +419,59 @@ QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bi
     }
     return 1;
 }
+#else
+QZ_INLINE v_i32 largest_of_block(const float *x, int block) {
+    v_i32 most = set1_i32(0);
+    for (int i = 0; i < block; i += QZ_LANES) most = max_i32(most, magnitude_f32(load_f32(x + i)));
+    return most;
+}
+
+/* One block in digits, each in the order of a panel's quads; leaves sums of v and of the top digits lane by lane. */
+QZ_INLINE void store_block(int8_t *to, const float *x, float inverse, v_i32 *sum, v_i32 *tops, int bits, int block,
+                           int digits) {
+    *sum = *tops = set1_i32(0);
+    for (int i = 0; i < block; i += QZ_LANES) {
+        v_i32 v = i32_from_f32_nearest(mul_f32(load_f32(x + i), set1_f32(inverse)));
+        *sum = add_i32(*sum, v);
+#ifdef QZ_LOADS_SOME
+        v = fold_lanes(v, QZ_PANEL_FOLD(QZ_STORED_BITS(bits)));
+#endif
+        *tops = store_some_digits(to + i, block, v, digits, *tops);
+    }
+    (void)bits;
+}
+
+/* QZ_LANES blocks at a time, whose largest magnitudes and sums fill a vector. */
+QZ_INLINE int prepare_strips(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
+    const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
+    const ptrdiff_t blocks = k / block;
+    planes to = planes_at(prepared, k, block, digits);
+    for (ptrdiff_t first = 0; first < blocks; first += QZ_LANES) {
+        const ptrdiff_t some = blocks - first < QZ_LANES ? blocks - first : QZ_LANES;
+        v_f32 most[QZ_LANES];
+        v_i32 sums[QZ_LANES], tops[QZ_LANES];
+        float scales[QZ_LANES], inverses[QZ_LANES];
+        int32_t sum[QZ_LANES], top[QZ_LANES] = {0};
+        for (int i = 0; i < QZ_LANES; i++) {
+            sums[i] = tops[i] = i < some ? largest_of_block(x + (first + i) * block, block) : set1_i32(0);
+            most[i] = f32_of_bits(sums[i]);
+        }
+        const v_i32 largest = greatest_i32(most);
+        if (any_i32(greater_i32(largest, set1_i32(0x7f7fffff)))) return 0;
+        powers_of_two(scales, inverses, largest, p);
+        for (ptrdiff_t i = 0; i < some; i++) {
+            int8_t *digit = to.digits + strip_place(first + i, blocks, bits, block) * block * digits;
+            store_block(digit, x + (first + i) * block, inverses[i], &sums[i], &tops[i], bits, block, digits);
+        }
+        store_i32(sum, sum_blocks(sums, QZ_LANES));
+        if (wide) store_i32(top, sum_blocks(tops, QZ_LANES));
+        for (ptrdiff_t i = 0; i < some; i++) {
+            int32_t offset, offset_high;
+            set_offsets(&offset, &offset_high, sum[i], top[i], bits, wide);
+            set_numbers(&to, strip_place(first + i, blocks, bits, block), scales[i] * QZ_UNIT(bits), sum[i], offset,
+                        offset_high);
+        }
+    }
+    return 1;
+}
+#endif

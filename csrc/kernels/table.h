@@ -101,6 +101,14 @@
 #include "../formats.def"
 #undef QZ_FORMAT
 
+/* Rows of x from which on panels are worth their making. */
+enum { QZ_MIN_PREFILL_FP = 8 };
+#ifndef QZ_MIN_PREFILL
+#define QZ_MIN_PREFILL QZ_MIN_PREFILL_FP
+#endif
+_Static_assert(QZ_MIN_PREFILL <= QZ_DECODE_ROWS + 1 && QZ_MIN_PREFILL_FP <= QZ_DECODE_ROWS + 1,
+               "decode_t takes all rows of x below");
+
 #define QZ_BY_DIGITS(kernel) {QZ_NAME(kernel##_1), QZ_NAME(kernel##_2), QZ_NAME(kernel##_3)}
 #define QZ_KERNEL(kind, which) \
     {QZ_NAME(kind##_size_##which), QZ_NAME(kind##_prepare_##which), QZ_NAME(kind##_multiply_##which)}
@@ -116,6 +124,7 @@
      QZ_NAME(dequantize_##name),                   \
      QZ_KERNELS_BY_DIGITS(decode, name##_##slot),  \
      QZ_KERNELS_BY_DIGITS(prefill, name##_##slot), \
+     QZ_MIN_PREFILL,                               \
      QZ_BY_DIGITS(matmul_n_##name),                \
      QZ_FLOAT_KERNELS(name)}
 /* The fp family has one group size. fp8_e4m3 has no kernels of the float class: where those are asked for, the binding
@@ -125,6 +134,7 @@
      .dequantize = QZ_NAME(dequantize_##name), \
      QZ_KERNELS_BY_DIGITS(decode, name##_0),   \
      QZ_KERNELS_BY_DIGITS(prefill, name##_0),  \
+     QZ_MIN_PREFILL_FP,                        \
      QZ_BY_DIGITS(matmul_n_##name),            \
      QZ_FLOAT_KERNELS(name)}
 #define QZ_KERNEL_FP8(kind, name) {QZ_NAME(row_size_##name), QZ_NAME(copy_row_##name), QZ_NAME(kind##_##name)}
@@ -134,6 +144,7 @@
      .dequantize = QZ_NAME(dequantize_##name),  \
      QZ_THRICE(QZ_KERNEL_FP8(decode_t, name)),  \
      QZ_THRICE(QZ_KERNEL_FP8(prefill_t, name)), \
+     QZ_MIN_PREFILL_FP,                         \
      QZ_THRICE(QZ_NAME(matmul_n_##name))}
 #define QZ_SLOTS_affine(name, element) {QZ_SLOT_affine(name, 0), QZ_SLOT_affine(name, 1), QZ_SLOT_affine(name, 2)},
 #define QZ_SLOTS_fp(name, element) {QZ_SLOT_##element(name)},

@@ -243,14 +243,21 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     }
 }
 
-/* Panels are transposed before they are unpacked, which saves most of the shuffles; 32 codes at most are then out of
- * order, the smallest block. */
-#define QZ_PANEL_FOLD(bits) ((bits) == 1 ? 8 : QZ_FOLD(bits))
+/* Panels are transposed before they are unpacked, which saves most of the shuffles; QZ_PANEL_FOLD codes of a byte then
+ * go to as many quads. */
+#define QZ_PANEL_FOLD(bits) QZ_FOLD(bits)
 /* Codes `index`, index + QZ_PANEL_FOLD(bits), ... */
 QZ_INLINE v_u8 folded_codes(v_u8 packed, int index, int bits) {
     return _mm512_and_si512(_mm512_srli_epi32(packed, (unsigned)(index * bits)),
                             _mm512_set1_epi8((char)((1 << bits) - 1)));
 }
+/* The order of these quads: every fold-th of 4 * fold lanes side by side. */
+QZ_INLINE v_i32 fold_lanes(v_i32 v, int fold) {
+    const __m512i by_2 = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m512i by_4 = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return fold == 1 ? v : _mm512_permutexvar_epi32(fold == 2 ? by_2 : by_4, v);
+}
+#define QZ_FORGET_REGISTERS __asm__ volatile("" ::: "memory")
 
 static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i += 64) {
@@ -265,6 +272,7 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
 #define QZ_TILE_M 8
 #define QZ_TILE_VECTORS 2
 #define QZ_TILES_FOR_ALL
+#define QZ_MIN_PREFILL 4
 
 /* The float class of matmul. */
 
