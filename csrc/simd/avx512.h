@@ -9,6 +9,9 @@
 
 #define QZ_LANES 16
 #define QZ_FLOAT_ROWS 14
+#define QZ_PREFETCH 12288
+#define QZ_STEPS_ABREAST 4
+#define QZ_JOINS_EARLY
 
 typedef __m512 v_f32;
 typedef __m512i v_i32;
@@ -113,21 +116,35 @@ static inline v_i32 add_pairs_128(v_i32 a, v_i32 b) {
 static inline v_i32 add_four(const v_i32 *v) {
     return add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
 }
-/* After the additions the sums stand in the order of the shuffles; one permutation puts them in order. */
-QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+/* Four at a time, so that no more than a few wait for the others. After the additions the sums stand in the order of
+ * the shuffles; one permutation puts them in order. */
+QZ_INLINE void join_sums(v_i32 *v, int done, int lanes) {
     const __m512i of_8 = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     const __m512i of_4 = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i of_2 = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    if (done % 4 == 0) v[done / 4 - 1] = add_four(v + done - 4);
+    if (done < lanes) return;
     if (lanes == 16) {
-        return add_pairs_128(add_pairs_128(add_four(v), add_four(v + 4)),
-                             add_pairs_128(add_four(v + 8), add_four(v + 12)));
+        v[0] = add_pairs_128(add_pairs_128(v[0], v[1]), add_pairs_128(v[2], v[3]));
+    } else if (lanes == 8) {
+        v[0] = _mm512_permutexvar_epi32(of_8, add_pairs_128(v[0], v[1]));
+    } else if (lanes == 4) {
+        v[0] = _mm512_permutexvar_epi32(of_4, v[0]);
+    } else {
+        const __m512 a = _mm512_castsi512_ps(v[0]), b = _mm512_castsi512_ps(v[1]);
+        const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));
+        const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
+        v[0] = _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
     }
-    if (lanes == 8) return _mm512_permutexvar_epi32(of_8, add_pairs_128(add_four(v), add_four(v + 4)));
-    if (lanes == 4) return _mm512_permutexvar_epi32(of_4, add_four(v));
-    const __m512 a = _mm512_castsi512_ps(v[0]), b = _mm512_castsi512_ps(v[1]);
-    const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));
-    const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
-    return _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
+}
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    v_i32 sums[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < lanes; i++) {
+        sums[i] = v[i];
+        join_sums(sums, i + 1, lanes);
+    }
+    return sums[0];
 }
 
 #define QZ_LOOSE_PLACE(i) (i)

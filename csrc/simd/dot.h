@@ -19,6 +19,11 @@
  * step of eight vectors would be four blocks. */
 #define QZ_FOLD(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 1)
 
+/* Steps of dots side by side (kernels/matmul.h), as far as there are registers for them. */
+#ifndef QZ_STEPS_ABREAST
+#define QZ_STEPS_ABREAST 1
+#endif
+
 static inline v_u8 u8_of_i32(v_i32 v);
 static inline v_u8 load_u8(const void *from);
 static inline void store_u8(uint8_t *to, v_u8 v);
