@@ -216,7 +216,7 @@ enum { QZ_TERMS = QZ_DECODE_ROWS * QZ_LANES * QZ_TILE_ROWS };
 /* Bytes of digits of x that stay in the first cache while rows of weights pass by, 32 KiB or more of it. Where there
  * are more, a job's rows are walked in panels of k, small ones: what is fetched ahead then comes from many rows, often
  * at strides that share few of the cache's lines. */
-enum { QZ_MOST_DIGITS = 24576, QZ_PANEL_DIGITS = 6144 };
+enum { QZ_MOST_DIGITS = 24576, QZ_PANEL_DIGITS = 4096 };
 
 /* Blocks of a panel, whole chunks, of panels as alike as can be: for job->m rows of x, of which `blocks` are in whole
  * chunks. */
@@ -362,12 +362,14 @@ QZ_INLINE void add_terms_in_order(float *y, const float *terms, ptrdiff_t pitch,
     }
 }
 
-/* The step of a weight row at block `at`; where the row has less, a copy padded with zeros. */
+/* The step of a weight row at block `at`. Where the row has less, digits are zero, and what stands there does not
+ * matter: the next row; after the last one, a copy padded with zeros. */
 QZ_INLINE const uint8_t *step_of_row(uint8_t *copy, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t at, int bits,
                                      int block) {
     const ptrdiff_t row = r < job->rows ? r : job->rows - 1, left = job->columns - at * block;
     const uint8_t *from = job->w + row * job->w_row_stride + at * block * QZ_STORED_BITS(bits) / 8;
-    if (left >= QZ_STEP(bits, block)) return from;
+    const ptrdiff_t lacking = (QZ_STEP(bits, block) - left) * QZ_STORED_BITS(bits) / 8;
+    if (lacking <= 0 || (row + 1 < job->rows && lacking <= job->w_row_stride)) return from;
     memset(copy, 0, QZ_MAX_UNITS * QZ_VECTOR_BYTES);
     memcpy(copy, from, (size_t)(left * QZ_STORED_BITS(bits) / 8));
     return copy;
