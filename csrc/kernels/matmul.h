@@ -110,7 +110,9 @@ QZ_INLINE void dot_chunk_ahead(v_i32 sums[2], const uint8_t *from, int is_packed
 #endif
     QZ_UNROLL
     for (int i = 0; i < steps; i += together) {
-        if (ahead) prefetch_lines(ahead, i * size, together * size);
+        /* Loads of codes that straddle bytes reach beyond the last of them. */
+        const int beyond = size % 32 != 0 && i + together == steps ? 64 : 0;
+        if (ahead) prefetch_lines(ahead, i * size, together * size + beyond);
         dot_steps(low + i, high + i, from + i * size, is_packed, digits + i * step * count, together, bits, block,
                   count);
         QZ_UNROLL
