@@ -135,10 +135,17 @@ static ptrdiff_t tile_of_columns(const chunk *c, ptrdiff_t threads) {
     return tile;
 }
 
+/* Outputs of a tile of y = x Wᵀ: many, which read x from the first cache where all of it does not fit there, but not so
+ * many that threads wait for each other, nor too many for one job. */
+static ptrdiff_t tile_of_rows(const chunk *c, const qz_run *run, ptrdiff_t threads) {
+    if (is_prefill(c) || is_small(run)) return QZ_PREFILL_ROWS;
+    if (c->n / QZ_PREFILL_ROWS < 8 * threads) return QZ_TILE_ROWS;
+    return (double)QZ_PREFILL_ROWS * (double)c->k * (double)c->m > longest ? QZ_TILE_ROWS : QZ_PREFILL_ROWS;
+}
+
 static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     ptrdiff_t threads = run->threads ? run->threads : qz_get_num_threads();
-    const int many = is_prefill(c) || is_small(run);
-    c->tile = !c->args->transpose ? tile_of_columns(c, threads) : many ? QZ_PREFILL_ROWS : QZ_TILE_ROWS;
+    c->tile = c->args->transpose ? tile_of_rows(c, run, threads) : tile_of_columns(c, threads);
     c->tiles = (c->n + c->tile - 1) / c->tile;
     c->parts = threads > 1 && c->m >= MIN_ROWS ? (4 * threads + c->tiles - 1) / c->tiles : 1;
     if (c->parts > 1 && c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;

@@ -15,4 +15,6 @@
 
 /* Weights are read once, from memory: hardware alone fetches them too late where rows are short or other data come in
  * between. The distance crosses row ends, as rows mostly follow each other. */
-enum { QZ_PREFETCH = 4096 };
+#ifndef QZ_PREFETCH
+#define QZ_PREFETCH 4096
+#endif

@@ -9,6 +9,11 @@ typedef struct row_t {
     const char *scales, *biases;
 } row_t;
 
+/* How far ahead of them stands what is to be fetched meanwhile. */
+typedef struct distance {
+    ptrdiff_t w, scales, biases;
+} distance;
+
 /* A group is one block or two. */
 QZ_INLINE int blocks_per_group(const qz_matmul_job *job, int block) { return job->group_size == block ? 1 : 2; }
 QZ_INLINE ptrdiff_t group_of(ptrdiff_t block, int per_group) {
@@ -35,23 +40,32 @@ QZ_INLINE void codes_of_step(v_u8 code[QZ_MAX_UNITS], const uint8_t *from, int i
     }
 }
 
-/* The integer sums of one step, in one vector for each class of digits: low of all digits together, or, in wide
- * formats, of the low two, and high of the top one. Where the step holds several blocks, each has some neighbouring
- * lanes. */
-QZ_INLINE void dot_step(v_i32 *low, v_i32 *high, const uint8_t *from, int is_packed, const int8_t *digits, int bits,
-                        int block, int count) {
+/* The integer sums of `steps` neighbouring steps, in one vector for each class of digits: low of all digits together,
+ * or, in wide formats, of the low two, and high of the top one. Where a step holds several blocks, each has some
+ * neighbouring lanes. Steps take turns, since each is a chain of dependent instructions. */
+QZ_INLINE void dot_steps(v_i32 *low, v_i32 *high, const uint8_t *from, int is_packed, const int8_t *digits, int steps,
+                         int bits, int block, int count) {
     const int wide = is_wide(bits, block, count), step = QZ_STEP(bits, block), units = QZ_UNITS(bits, block);
-    v_u8 code[QZ_MAX_UNITS];
-    codes_of_step(code, from, is_packed, bits, block);
-    *low = set1_i32(0);
-    *high = set1_i32(0);
-    if (wide) *high = dot4_units(*high, code, digits + 2 * step, units, QZ_DOT_BITS(bits), 1);
-    const int top = wide ? 1 : count - 1;
+    const int size = is_packed ? step * QZ_STORED_BITS(bits) / 8 : step, top = wide ? 1 : count - 1;
+    v_u8 code[QZ_STEPS_ABREAST][QZ_MAX_UNITS];
+    QZ_UNROLL
+    for (int i = 0; i < steps; i++) {
+        codes_of_step(code[i], from + i * size, is_packed, bits, block);
+        low[i] = set1_i32(0);
+        high[i] = set1_i32(0);
+        if (wide) high[i] = dot4_units(high[i], code[i], digits + (3 * i + 2) * step, units, QZ_DOT_BITS(bits), 1);
+    }
     QZ_UNROLL
     for (int d = top; d >= 0; d--) {
         const int factor = d == top && d > 0 ? QZ_DOT_FACTOR : 1;
-        *low = dot4_units(*low, code, digits + d * step, units, QZ_DOT_BITS(bits), factor);
-        if (d > 0 && factor == 1) *low = shl_i32(*low, 8);
+        QZ_UNROLL
+        for (int i = 0; i < steps; i++) {
+            const int8_t *x = digits + (i * count + d) * step;
+            low[i] = dot4_units(low[i], code[i], x, units, QZ_DOT_BITS(bits), factor);
+        }
+        if (d == 0 || factor != 1) continue;
+        QZ_UNROLL
+        for (int i = 0; i < steps; i++) low[i] = shl_i32(low[i], 8);
     }
 }
 
@@ -72,28 +86,48 @@ QZ_INLINE v_i32 dot_chunk_narrow(const uint8_t *from, int is_packed, const int8_
 }
 #endif
 
+/* Asks for the lines that begin in [from + at, from + at + size). */
+QZ_INLINE void prefetch_lines(const uint8_t *from, int at, int size) {
+    QZ_UNROLL
+    for (int line = (at + 63) / 64 * 64; line < at + size; line += 64) __builtin_prefetch(from + line);
+}
+
 /* The integer sums of QZ_LANES blocks, one a lane: sums[0] and, in wide formats, sums[1] are low and high of their
- * steps. nvfp4's come in loose order. */
-QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
-                         int count) {
+ * steps. nvfp4's come in loose order. ahead: what is to be fetched meanwhile, as many bytes as a chunk has, or NULL;
+ * line by line, since requests for all of them at once would stall. */
+QZ_INLINE void dot_chunk_ahead(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits,
+                               int block, int count, const uint8_t *ahead) {
     const int step = QZ_STEP(bits, block), steps = QZ_LANES * block / step,
-              size = is_packed ? step * QZ_STORED_BITS(bits) / 8 : step;
+              size = is_packed ? step * QZ_STORED_BITS(bits) / 8 : step,
+              together = steps < QZ_STEPS_ABREAST ? steps : QZ_STEPS_ABREAST;
     v_i32 low[QZ_LANES], high[QZ_LANES];
 #ifdef QZ_NARROW
     if (count == 1 && step == block && QZ_NARROW(QZ_DOT_BITS(bits), QZ_UNITS(bits, block))) {
+        if (ahead) prefetch_lines(ahead, 0, steps * size);
         sums[0] = dot_chunk_narrow(from, is_packed, digits, bits, block);
         return;
     }
 #endif
     QZ_UNROLL
-    for (int i = 0; i < steps; i++) {
-        dot_step(&low[i], &high[i], from + i * size, is_packed, digits + i * step * count, bits, block, count);
-        QZ_HOLD(low[i]);
-        if (!QZ_IS_NVFP4(bits, block)) join_sums(low, i + 1, steps);
-        if (is_wide(bits, block, count)) join_sums(high, i + 1, steps);
+    for (int i = 0; i < steps; i += together) {
+        /* Loads of codes that straddle bytes reach beyond the last of them. */
+        const int beyond = size % 32 != 0 && i + together == steps ? 64 : 0;
+        if (ahead) prefetch_lines(ahead, i * size, together * size + beyond);
+        dot_steps(low + i, high + i, from + i * size, is_packed, digits + i * step * count, together, bits, block,
+                  count);
+        QZ_UNROLL
+        for (int j = i; j < i + together; j++) {
+            QZ_HOLD(low[j]);
+            if (!QZ_IS_NVFP4(bits, block)) join_sums(low, j + 1, steps);
+            if (is_wide(bits, block, count)) join_sums(high, j + 1, steps);
+        }
     }
     sums[0] = QZ_IS_NVFP4(bits, block) ? sum_pairs_loosely(low) : low[0];
     if (is_wide(bits, block, count)) sums[1] = high[0];
+}
+QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, const int8_t *digits, int bits, int block,
+                         int count) {
+    dot_chunk_ahead(sums, from, is_packed, digits, bits, block, count, NULL);
 }
 
 /* float(G) from the dots of stored codes and by what they exceed those of centred ones. In wide formats low is of the
@@ -140,20 +174,23 @@ QZ_INLINE void unpack_chunk(uint8_t *codes, const uint8_t *packed, int bits, int
 
 /* The terms of one chunk of a weight row, for all rows of x: a chunk is unpacked once. single: there is one row. */
 QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, const row_t *row,
-                           const qz_type types[2], ptrdiff_t first, int single, int bits, int block, int per_group,
-                           int digits) {
+                           const qz_type types[2], const distance *ahead, ptrdiff_t first, int single, int bits,
+                           int block, int per_group, int digits) {
     const int wide = is_wide(bits, block, digits);
+    __builtin_prefetch(row->scales + ahead->scales);
+    __builtin_prefetch(row->biases + ahead->biases);
     const v_f32 s = load_block_scales(row->scales, types[0], per_group);
     const v_f32 b = load_block_scales(row->biases, types[1], per_group);
     const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
     v_i32 sums[2];
     if (single) {
         planes x = planes_at(job->x, job->columns, block, digits);
-        dot_chunk(sums, row->w, 1, x.digits + first * block * digits, bits, block, digits);
+        dot_chunk_ahead(sums, row->w, 1, x.digits + first * block * digits, bits, block, digits, row->w + ahead->w);
         store_f32(terms, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
         return;
     }
     _Alignas(64) uint8_t codes[QZ_LANES * QZ_MAX_BLOCK];
+    prefetch_lines(row->w + ahead->w, 0, QZ_LANES * block * QZ_STORED_BITS(bits) / 8);
     unpack_chunk(codes, row->w, bits, block);
     for (ptrdiff_t m = 0; m < job->m; m++) {
         planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
@@ -175,15 +212,22 @@ QZ_INLINE int are_neighbours(ptrdiff_t stride, qz_type type) {
     return type == QZ_F32 ? stride == 4 : (type == QZ_F16 || type == QZ_BF16) && stride == 2;
 }
 
-QZ_INLINE void prefetch_chunk(const row_t *row, int bits, int block) {
-    const int size = block * QZ_STORED_BITS(bits) / 8, scale = 2; /* bytes; of float32 too few */
-    for (int i = 0; i < QZ_LANES * size; i += 64) __builtin_prefetch(row->w + QZ_PREFETCH + i);
-    __builtin_prefetch(row->scales + QZ_PREFETCH * scale / size);
-    __builtin_prefetch(row->biases + QZ_PREFETCH * scale / size);
-}
-
 /* Terms wait here for their addition in order: of all rows of the tile, for as many blocks as fit. */
 enum { QZ_TERMS = QZ_DECODE_ROWS * QZ_LANES * QZ_TILE_ROWS };
+
+/* Bytes of digits of x that stay in the first cache while rows of weights pass by, 32 KiB or more of it. Where there
+ * are more, a job's rows are walked in panels of k, small ones: what is fetched ahead then comes from many rows, often
+ * at strides that share few of the cache's lines. */
+enum { QZ_MOST_DIGITS = 24576, QZ_PANEL_DIGITS = 4096 };
+
+/* Blocks of a panel, whole chunks, of panels as alike as can be: for job->m rows of x, of which `blocks` are in whole
+ * chunks. */
+QZ_INLINE ptrdiff_t panel_of(const qz_matmul_job *job, ptrdiff_t blocks, int block, int digits) {
+    const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, bytes = blocks * block * digits * job->m;
+    const ptrdiff_t panels = bytes > QZ_MOST_DIGITS ? (bytes - 1) / QZ_PANEL_DIGITS + 1 : 1;
+    const ptrdiff_t alike = (blocks / QZ_LANES - 1) / panels * QZ_LANES + QZ_LANES;
+    return alike < fit ? alike : fit;
+}
 
 /* The last block from which on a vector of scales can be read in place; -1: there is none. */
 QZ_INLINE ptrdiff_t last_in_place(const qz_matmul_job *job, int block, int per_group) {
@@ -209,41 +253,75 @@ QZ_INLINE void move_on(row_t *row, ptrdiff_t scale_stride, ptrdiff_t bias_stride
     row->biases += groups * bias_stride;
 }
 
-/* All chunks from `begin` on; the scales of those after block `last` are copied. */
-QZ_INLINE void panel_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
-                           ptrdiff_t last, int single, int bits, int block, int per_group, int digits) {
+/* Blocks [begin, end) of a job's rows, QZ_TILE_ROWS at a time. */
+typedef struct panel {
+    ptrdiff_t begin, end, blocks; /* blocks: of a row, those in whole chunks */
+    ptrdiff_t row, end_row;
+    float *terms; /* of these rows */
+    ptrdiff_t pitch;
+    ptrdiff_t last;  /* the scales of chunks after this block are copied */
+    ptrdiff_t ahead; /* rows of the panel that are QZ_PREFETCH bytes */
+} panel;
+
+QZ_INLINE ptrdiff_t rows_ahead(const qz_matmul_job *job, const panel *p, int bits, int block) {
+    const ptrdiff_t size = (p->end - p->begin) * block * QZ_STORED_BITS(bits) / 8;
+    const ptrdiff_t rows = (QZ_PREFETCH - 1) / size + 1;
+    return p->end - p->begin < p->blocks && rows > job->rows ? job->rows : rows;
+}
+
+/* From row r to what is walked so many rows later: the rows after the panel's last are those of the next panel, and
+ * after the last panel, probably, those of the next job. */
+QZ_INLINE distance distance_ahead(const qz_matmul_job *job, const panel *p, ptrdiff_t r, int bits, int block,
+                                  int per_group) {
     const qz_scales *from = &job->scales;
-    for (ptrdiff_t r = 0; r < job->rows; r++) {
+    ptrdiff_t rows = p->ahead, at = p->begin;
+    if (r + rows >= job->rows) {
+        at = p->end < p->blocks ? p->end : 0;
+        rows -= p->end < p->blocks ? job->rows : 0;
+    }
+    const ptrdiff_t groups = group_of(at, per_group) - group_of(p->begin, per_group);
+    return (distance){rows * job->w_row_stride + (at - p->begin) * block * QZ_STORED_BITS(bits) / 8,
+                      rows * from->scale_row_stride + groups * from->scale_group_stride,
+                      rows * from->bias_row_stride + groups * from->bias_group_stride};
+}
+
+/* Rows of a panel, from its block `begin` on. */
+QZ_INLINE void panel_terms(const qz_matmul_job *job, const panel *p, ptrdiff_t begin, int single, int bits, int block,
+                           int per_group, int digits) {
+    const qz_scales *from = &job->scales;
+    for (ptrdiff_t r = p->row; r < p->end_row; r++) {
+        const distance ahead = distance_ahead(job, p, r, bits, block, per_group);
+        float *const terms = p->terms + (r - p->row) * p->pitch;
         row_t next = row_of(job, r, begin, bits, block, per_group);
-        for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
+        for (ptrdiff_t i = begin; i < p->end; i += QZ_LANES) {
             row_t row = next;
+            distance fetched = ahead;
             float numbers[2][QZ_LANES];
             qz_type types[2] = {from->scale_type, from->bias_type};
             move_on(&next, from->scale_group_stride, from->bias_group_stride, bits, block, per_group);
-            if (i <= last) {
-                prefetch_chunk(&row, bits, block);
-            } else {
+            if (i > p->last) {
                 copy_scales(numbers, &row, from, group_of(QZ_LANES, per_group));
                 types[0] = types[1] = QZ_F32;
+                fetched.scales = fetched.biases = 0;
             }
-            chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, single, bits, block,
-                        per_group, digits);
+            chunk_terms(terms + (i - p->begin), p->pitch * QZ_TILE_ROWS, job, &row, types, &fetched, i, single, bits,
+                        block, per_group, digits);
         }
     }
 }
 
-/* Chunks whose scales and biases are of one type and read in place, for one row of x. */
-QZ_INLINE void typed_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
-                           qz_type type, int bits, int block, int per_group, int digits) {
+/* Chunks before block `end` whose scales and biases are of one type and read in place, for one row of x. */
+QZ_INLINE void typed_terms(const qz_matmul_job *job, const panel *p, ptrdiff_t end, qz_type type, int bits, int block,
+                           int per_group, int digits) {
     const qz_type types[2] = {type, type};
     const ptrdiff_t size = type == QZ_F32 ? 4 : 2;
-    for (ptrdiff_t r = 0; r < job->rows; r++) {
-        row_t row = row_of(job, r, begin, bits, block, per_group);
-        for (ptrdiff_t i = begin; i < end; i += QZ_LANES) {
+    for (ptrdiff_t r = p->row; r < p->end_row; r++) {
+        const distance ahead = distance_ahead(job, p, r, bits, block, per_group);
+        float *const terms = p->terms + (r - p->row) * p->pitch;
+        row_t row = row_of(job, r, p->begin, bits, block, per_group);
+        for (ptrdiff_t i = p->begin; i < end; i += QZ_LANES) {
             QZ_ASSUME(i % QZ_LANES == 0);
-            prefetch_chunk(&row, bits, block);
-            chunk_terms(terms + r * pitch + (i - begin), pitch * QZ_TILE_ROWS, job, &row, types, i, 1, bits, block,
-                        per_group, digits);
+            chunk_terms(terms + (i - p->begin), 0, job, &row, types, &ahead, i, 1, bits, block, per_group, digits);
             move_on(&row, size, size, bits, block, per_group);
         }
     }
@@ -251,20 +329,22 @@ QZ_INLINE void typed_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *j
 
 /* panel_terms for one row of x: a loop for each type of scales, since asking for it at every chunk takes as long as a
  * tenth of the dots. */
-QZ_INLINE void panel_of_one(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t begin, ptrdiff_t end,
-                            ptrdiff_t last, int bits, int block, int per_group, int digits) {
+QZ_INLINE void panel_of_one(const qz_matmul_job *job, const panel *p, int bits, int block, int per_group, int digits) {
     const qz_type type = job->scales.scale_type;
-    ptrdiff_t stop = begin;
-    if (last >= begin && type == job->scales.bias_type) stop += (last - begin) / QZ_LANES * QZ_LANES + QZ_LANES;
-    if (stop > end) stop = end;
+    ptrdiff_t stop = p->begin;
+    if (p->last >= stop && type == job->scales.bias_type) stop += (p->last - stop) / QZ_LANES * QZ_LANES + QZ_LANES;
+    if (stop > p->end) stop = p->end;
     if (type == QZ_BF16) {
-        typed_terms(terms, pitch, job, begin, stop, QZ_BF16, bits, block, per_group, digits);
+        typed_terms(job, p, stop, QZ_BF16, bits, block, per_group, digits);
     } else if (type == QZ_F16) {
-        typed_terms(terms, pitch, job, begin, stop, QZ_F16, bits, block, per_group, digits);
+        typed_terms(job, p, stop, QZ_F16, bits, block, per_group, digits);
     } else {
-        typed_terms(terms, pitch, job, begin, stop, QZ_F32, bits, block, per_group, digits);
+        typed_terms(job, p, stop, QZ_F32, bits, block, per_group, digits);
     }
-    panel_terms(terms + (stop - begin), pitch, job, stop, end, -1, 1, bits, block, per_group, digits);
+    if (stop == p->end) return;
+    panel rest = *p;
+    rest.last = -1;
+    panel_terms(job, &rest, stop, 1, bits, block, per_group, digits);
 }
 
 /* Lanes become weight rows, so that the terms of many outputs are added side by side, each in order of k. */
@@ -284,12 +364,14 @@ QZ_INLINE void add_terms_in_order(float *y, const float *terms, ptrdiff_t pitch,
     }
 }
 
-/* The step of a weight row at block `at`; where the row has less, a copy padded with zeros. */
+/* The step of a weight row at block `at`. Where the row has less, digits are zero, and what stands there does not
+ * matter: the next row; after the last one, a copy padded with zeros. */
 QZ_INLINE const uint8_t *step_of_row(uint8_t *copy, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t at, int bits,
                                      int block) {
     const ptrdiff_t row = r < job->rows ? r : job->rows - 1, left = job->columns - at * block;
     const uint8_t *from = job->w + row * job->w_row_stride + at * block * QZ_STORED_BITS(bits) / 8;
-    if (left >= QZ_STEP(bits, block)) return from;
+    const ptrdiff_t lacking = (QZ_STEP(bits, block) - left) * QZ_STORED_BITS(bits) / 8;
+    if (lacking <= 0 || (row + 1 < job->rows && lacking <= job->w_row_stride)) return from;
     memset(copy, 0, QZ_MAX_UNITS * QZ_VECTOR_BYTES);
     memcpy(copy, from, (size_t)(left * QZ_STORED_BITS(bits) / 8));
     return copy;
@@ -345,7 +427,7 @@ QZ_INLINE void add_last_blocks(float *y, const qz_matmul_job *job, const planes 
             for (int j = 0; j < rows; j++) {
                 _Alignas(64) uint8_t copy[QZ_MAX_UNITS * QZ_VECTOR_BYTES];
                 const uint8_t *from = step_of_row(copy, job, r + j, at, bits, block);
-                dot_step(&low[j], &high[j], from, 1, x->digits + at * block * digits, bits, block, digits);
+                dot_steps(&low[j], &high[j], from, 1, x->digits + at * block * digits, 1, bits, block, digits);
             }
             store_block_sums(dots, 0, r, sum_blocks(low, rows), blocks);
             if (wide) store_block_sums(dots, 1, r, sum_blocks(high, rows), blocks);
@@ -354,40 +436,6 @@ QZ_INLINE void add_last_blocks(float *y, const qz_matmul_job *job, const planes 
             add_block_of_rows(y, dots[i], job, x, at + i, bits, per_group, wide);
         }
     }
-}
-
-QZ_INLINE void clear_tile(const qz_matmul_job *tile) {
-    for (ptrdiff_t m = 0; m < tile->m; m++) memset(tile->y + m * tile->y_stride, 0, QZ_TILE_ROWS * sizeof *tile->y);
-}
-QZ_INLINE void make_tile_canonical(const qz_matmul_job *tile) {
-    for (ptrdiff_t m = 0; m < tile->m; m++) make_nan_canonical(tile->y + m * tile->y_stride, QZ_TILE_ROWS);
-}
-
-QZ_INLINE void decode_rows(const qz_matmul_job *job, int bits, int block, int digits) {
-    const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
-    const ptrdiff_t blocks = job->columns / block / QZ_LANES * QZ_LANES;
-    const ptrdiff_t fit = QZ_DECODE_ROWS / job->m * QZ_LANES, pitch = blocks < fit ? blocks : fit;
-    const ptrdiff_t last = last_in_place(job, block, per_group);
-    _Alignas(64) float terms[QZ_TERMS];
-    clear_tile(job);
-    if (job->rows < QZ_TILE_ROWS && blocks > 0) memset(terms, 0, sizeof terms);
-    for (ptrdiff_t begin = 0; begin < blocks; begin += pitch) {
-        ptrdiff_t end = blocks - begin < pitch ? blocks : begin + pitch;
-        /* Two calls, since compilers would do what both share before they ask which, and keep the codes in memory. */
-        if (job->m == 1) {
-            panel_of_one(terms, pitch, job, begin, end, last, bits, block, per_group, digits);
-        } else {
-            panel_terms(terms, pitch, job, begin, end, last, 0, bits, block, per_group, digits);
-        }
-        for (ptrdiff_t m = 0; m < job->m; m++) {
-            add_terms_in_order(job->y + m * job->y_stride, terms + m * pitch * QZ_TILE_ROWS, pitch, end - begin);
-        }
-    }
-    for (ptrdiff_t m = 0; m < job->m && blocks < job->columns / block; m++) {
-        planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
-        add_last_blocks(job->y + m * job->y_stride, job, &x, blocks, bits, block, per_group, digits);
-    }
-    make_tile_canonical(job);
 }
 
 /* QZ_TILE_ROWS outputs of a job, from weight row r on. */
@@ -399,4 +447,54 @@ QZ_INLINE qz_matmul_job tile_of_job(const qz_matmul_job *job, ptrdiff_t r) {
     tile.rows = job->rows - r < QZ_TILE_ROWS ? job->rows - r : QZ_TILE_ROWS;
     tile.y += r;
     return tile;
+}
+
+QZ_INLINE void clear_tile(const qz_matmul_job *tile) {
+    for (ptrdiff_t m = 0; m < tile->m; m++) memset(tile->y + m * tile->y_stride, 0, QZ_TILE_ROWS * sizeof *tile->y);
+}
+QZ_INLINE void make_tile_canonical(const qz_matmul_job *tile) {
+    for (ptrdiff_t m = 0; m < tile->m; m++) make_nan_canonical(tile->y + m * tile->y_stride, QZ_TILE_ROWS);
+}
+
+QZ_INLINE void add_panel(const qz_matmul_job *job, const panel *p, int bits, int block, int per_group, int digits) {
+    /* Two calls, since compilers would do what both share before they ask which, and keep the codes in memory. */
+    if (job->m == 1) {
+        panel_of_one(job, p, bits, block, per_group, digits);
+    } else {
+        panel_terms(job, p, p->begin, 0, bits, block, per_group, digits);
+    }
+    for (ptrdiff_t m = 0; m < job->m; m++) {
+        float *const y = job->y + m * job->y_stride + p->row;
+        add_terms_in_order(y, p->terms + m * p->pitch * QZ_TILE_ROWS, p->pitch, p->end - p->begin);
+    }
+}
+
+QZ_INLINE void decode_rows(const qz_matmul_job *call, int bits, int block, int digits) {
+    const qz_matmul_job job = *call; /* which no store changes, as compilers see: 8 % where M is 1 */
+    const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(&job, block);
+    const ptrdiff_t blocks = job.columns / block / QZ_LANES * QZ_LANES;
+    _Alignas(64) float terms[QZ_TERMS];
+    panel p = {.blocks = blocks, .terms = terms, .last = last_in_place(&job, block, per_group)};
+    p.pitch = panel_of(&job, blocks, block, digits);
+    for (ptrdiff_t r = 0; r < job.rows; r += QZ_TILE_ROWS) {
+        const qz_matmul_job tile = tile_of_job(&job, r);
+        clear_tile(&tile);
+    }
+    if (job.rows % QZ_TILE_ROWS != 0 && blocks > 0) memset(terms, 0, sizeof terms);
+    for (; p.begin < blocks; p.begin = p.end) {
+        p.end = blocks - p.begin < p.pitch ? blocks : p.begin + p.pitch;
+        p.ahead = rows_ahead(&job, &p, bits, block);
+        for (p.row = 0; p.row < job.rows; p.row = p.end_row) {
+            p.end_row = job.rows - p.row < QZ_TILE_ROWS ? job.rows : p.row + QZ_TILE_ROWS;
+            add_panel(&job, &p, bits, block, per_group, digits);
+        }
+    }
+    for (ptrdiff_t r = 0; r < job.rows; r += QZ_TILE_ROWS) {
+        const qz_matmul_job tile = tile_of_job(&job, r);
+        for (ptrdiff_t m = 0; m < job.m && blocks < job.columns / block; m++) {
+            planes x = planes_at(job.x + m * job.x_stride, job.columns, block, digits);
+            add_last_blocks(tile.y + m * job.y_stride, &tile, &x, blocks, bits, block, per_group, digits);
+        }
+        make_tile_canonical(&tile);
+    }
 }

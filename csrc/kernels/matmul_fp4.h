@@ -446,13 +446,13 @@ QZ_INLINE void prefill_nvfp4(const qz_matmul_job *job, int block, int digits) {
 /* ---- both families by their bits ---- */
 
 QZ_INLINE void decode_any(const qz_matmul_job *job, int bits, int block, int digits) {
+    if (bits != QZ_FP4) {
+        decode_rows(job, bits, block, digits);
+        return;
+    }
     for (ptrdiff_t r = 0; r < job->rows; r += QZ_TILE_ROWS) {
         const qz_matmul_job tile = tile_of_job(job, r); /* which no store changes, as compilers see: 8 % where M is 1 */
-        if (bits == QZ_FP4) {
-            decode_rows_fp4(&tile, block, digits);
-        } else {
-            decode_rows(&tile, bits, block, digits);
-        }
+        decode_rows_fp4(&tile, block, digits);
     }
 }
 

@@ -185,10 +185,12 @@ QZ_INLINE void set_offsets(int32_t *offset, int32_t *offset_high, int32_t sum, i
 }
 
 /* `count` bytes of codes' order to that of unpack_folded. */
-QZ_INLINE void fold_bytes(int8_t *to, const int8_t *from, int count, int fold) {
+QZ_INLINE void fold_bytes(int8_t *to, const int8_t *from, int count, int fold, int run) {
     for (int i = 0; i < count; i += fold * QZ_VECTOR_BYTES) {
         for (int j = 0; j < QZ_VECTOR_BYTES; j++) {
-            for (int f = 0; f < fold; f++) to[i + f * QZ_VECTOR_BYTES + j] = from[i + j * fold + f];
+            for (int f = 0; f < fold; f++) {
+                to[i + f * QZ_VECTOR_BYTES + j] = from[i + (j / run * fold + f) * run + j % run];
+            }
         }
     }
 }
@@ -203,7 +205,8 @@ QZ_INLINE void clear_blocks_beyond(planes *to, ptrdiff_t k, int block, int digit
 
 QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bits, int block, int digits) {
     const int p = fixed_point_bits(bits, block, digits), wide = is_wide(bits, block, digits);
-    const int step = QZ_STEP(bits, block), fold = QZ_FOLD(QZ_STORED_BITS(bits));
+    const int step = QZ_STEP(bits, block), fold = QZ_FOLD(QZ_STORED_BITS(bits)),
+              run = QZ_FOLD_RUN(QZ_STORED_BITS(bits));
     const float unit = unit_of(bits, block, digits);
     planes to = planes_at(prepared, k, block, digits);
     for (ptrdiff_t begin = 0; begin < k; begin += step) {
@@ -217,7 +220,9 @@ QZ_INLINE int prepare_planes(char *prepared, const float *x, ptrdiff_t k, int bi
             set_offsets(&offset, &offset_high, sum, high, bits, wide);
             set_numbers(&to, QZ_BLOCK_PLACE(at / block, bits, block), scale * unit, sum, offset, offset_high);
         }
-        for (int d = 0; d < digits; d++) fold_bytes(to.digits + begin * digits + d * step, ordered[d], step, fold);
+        for (int d = 0; d < digits; d++) {
+            fold_bytes(to.digits + begin * digits + d * step, ordered[d], step, fold, run);
+        }
     }
     if (bits == QZ_FP4) clear_blocks_beyond(&to, k, block, digits);
     return 1;

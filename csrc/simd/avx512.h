@@ -9,6 +9,13 @@
 
 #define QZ_LANES 16
 #define QZ_FLOAT_ROWS 14
+#define QZ_PREFETCH 12288
+#define QZ_STEPS_ABREAST 4
+#define QZ_JOINS_EARLY
+/* Codes of 3, 5 and 8 bits come in two vectors, too, so that each block has half the lanes of a sum: half the additions
+ * of lanes and half the shifts. 16 neighbours keep blocks of 32 apart. Those of 6 and 7 bits would need more loads. */
+#define QZ_FOLD(bits) ((bits) == 2 ? 4 : (bits) == 1 || (bits) == 6 || (bits) == 7 ? 1 : 2)
+#define QZ_FOLD_RUN(bits) ((bits) == 3 || (bits) == 5 || (bits) == 8 ? 16 : 1)
 
 typedef __m512 v_f32;
 typedef __m512i v_i32;
@@ -116,21 +123,35 @@ static inline v_i32 add_pairs_128(v_i32 a, v_i32 b) {
 static inline v_i32 add_four(const v_i32 *v) {
     return add_pairs_64(add_pairs_32(v[0], v[1]), add_pairs_32(v[2], v[3]));
 }
-/* After the additions the sums stand in the order of the shuffles; one permutation puts them in order. */
-QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+/* Four at a time, so that no more than a few wait for the others. After the additions the sums stand in the order of
+ * the shuffles; one permutation puts them in order. */
+QZ_INLINE void join_sums(v_i32 *v, int done, int lanes) {
     const __m512i of_8 = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     const __m512i of_4 = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i of_2 = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    if (done % 4 == 0) v[done / 4 - 1] = add_four(v + done - 4);
+    if (done < lanes) return;
     if (lanes == 16) {
-        return add_pairs_128(add_pairs_128(add_four(v), add_four(v + 4)),
-                             add_pairs_128(add_four(v + 8), add_four(v + 12)));
+        v[0] = add_pairs_128(add_pairs_128(v[0], v[1]), add_pairs_128(v[2], v[3]));
+    } else if (lanes == 8) {
+        v[0] = _mm512_permutexvar_epi32(of_8, add_pairs_128(v[0], v[1]));
+    } else if (lanes == 4) {
+        v[0] = _mm512_permutexvar_epi32(of_4, v[0]);
+    } else {
+        const __m512 a = _mm512_castsi512_ps(v[0]), b = _mm512_castsi512_ps(v[1]);
+        const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));
+        const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
+        v[0] = _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
     }
-    if (lanes == 8) return _mm512_permutexvar_epi32(of_8, add_pairs_128(add_four(v), add_four(v + 4)));
-    if (lanes == 4) return _mm512_permutexvar_epi32(of_4, add_four(v));
-    const __m512 a = _mm512_castsi512_ps(v[0]), b = _mm512_castsi512_ps(v[1]);
-    const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));
-    const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd));
-    return _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
+}
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    v_i32 sums[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < lanes; i++) {
+        sums[i] = v[i];
+        join_sums(sums, i + 1, lanes);
+    }
+    return sums[0];
 }
 
 #define QZ_LOOSE_PLACE(i) (i)
@@ -228,11 +249,48 @@ QZ_INLINE void look_up_folded(v_u8 codes[2], const uint8_t *packed, const uint8_
     codes[1] = _mm512_permutexvar_epi8(_mm512_srli_epi32(bytes, 4), all);
 }
 
+/* 32 bytes and 32 others: narrow loads cross fewer lines. */
+static inline __m512i load_two(const uint8_t *low, const uint8_t *high) {
+    const __m512i v = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low));
+    return _mm512_inserti64x4(v, _mm256_loadu_si256((const __m256i *)high), 1);
+}
+
+/* 128 codes of 3, 5 or 8 bits. The lower half of each vector is of the first 8 * bits bytes, the upper of the others.
+ * For 5 bits the runs of a half fit 32 bytes, and no load passes the end of the codes. */
+QZ_INLINE void unpack_in_turns(v_u8 codes[2], const uint8_t *packed, int bits) {
+    if (bits == 8) {
+        const __m512i low = load_u8(packed), high = load_u8(packed + 64);
+        codes[0] = _mm512_shuffle_i32x4(low, high, 0x88);
+        codes[1] = _mm512_shuffle_i32x4(low, high, 0xdd);
+        return;
+    }
+    const uint64_t each = 0x0101010101010101, bytes_of_lane = 0x0706050403020100, step = (uint64_t)bits * each;
+    const __m512i shifts = _mm512_set1_epi64(0x0706050403020100 * bits);
+    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    QZ_UNROLL
+    for (int j = 0; j < 2; j++) {
+        const int low = 2 * j * bits, from = bits == 3 ? 0 : low, to = bits == 3 ? 32 : j == 0 ? 40 : 48;
+        const uint64_t a = bytes_of_lane + (uint64_t)(low - from) * each;
+        const uint64_t b = bytes_of_lane + (uint64_t)(low + 8 * bits - to + 32) * each;
+        const __m512i fetch = _mm512_setr_epi64((long long)a, (long long)(a + step), (long long)(a + 4 * step),
+                                                (long long)(a + 5 * step), (long long)b, (long long)(b + step),
+                                                (long long)(b + 4 * step), (long long)(b + 5 * step));
+        const __m512i some =
+            bits == 3 ? _mm512_maskz_loadu_epi8((UINT64_C(1) << 48) - 1, packed) : load_two(packed + from, packed + to);
+        const __m512i bytes = _mm512_permutexvar_epi8(fetch, some);
+        codes[j] = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, bytes), mask);
+    }
+}
+
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
     const int fold = QZ_FOLD(bits);
     const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
     if (fold == 1) {
         codes[0] = unpack_in_order(packed, bits, 64);
+        return;
+    }
+    if (QZ_FOLD_RUN(bits) > 1) {
+        unpack_in_turns(codes, packed, bits);
         return;
     }
     v_u8 bytes = load_u8(packed);

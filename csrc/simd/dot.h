@@ -15,9 +15,18 @@
 #define QZ_HOLD(v) (void)(v)
 #endif
 
-/* Whole codes in a byte, where codes do not straddle bytes and are narrower than one. Codes of 1 bit come in order: a
- * step of eight vectors would be four blocks. */
+/* Vectors of codes that are unpacked together. Unless a header knows better: whole codes in a byte, where codes do not
+ * straddle bytes and are narrower than one. Codes of 1 bit come in order: a step of eight vectors would be four blocks.
+ */
+#ifndef QZ_FOLD
 #define QZ_FOLD(bits) ((bits) == 4 ? 2 : (bits) == 2 ? 4 : 1)
+#define QZ_FOLD_RUN(bits) 1 /* neighbouring codes that stay so, of which vectors then take turns */
+#endif
+
+/* Steps of dots side by side (kernels/matmul.h), as far as there are registers for them. */
+#ifndef QZ_STEPS_ABREAST
+#define QZ_STEPS_ABREAST 1
+#endif
 
 static inline v_u8 u8_of_i32(v_i32 v);
 static inline v_u8 load_u8(const void *from);
@@ -34,8 +43,8 @@ static inline v_i32 dot4(v_i32 sum, v_u8 codes, v_u8 digits, int bits);
 #endif
 QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, int units, int bits, int factor);
 
-/* Codes of consecutive packed bytes, in the order that costs least: of 4 * QZ_LANES bytes, vector j holds codes
- * QZ_FOLD(bits) * i + j of every i. Widths that QZ_FOLD gives 1 come in order, one vector of them. */
+/* Codes of consecutive packed bytes, in the order that costs least: of QZ_FOLD(bits) * 4 * QZ_LANES codes, place i of
+ * vector j holds code (i / QZ_FOLD_RUN(bits) * QZ_FOLD(bits) + j) * QZ_FOLD_RUN(bits) + i % QZ_FOLD_RUN(bits). */
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits);
 
 /* One vector of codes in order, of which `count`, a multiple of 32 or more than there are, are read. */
