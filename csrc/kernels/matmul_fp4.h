@@ -1,6 +1,27 @@
 /* y = x Wᵀ of FP4 weights on vectors: what a result is, bit for bit, is said by matmul_definition_fp.h. Dots, codes and
  * x in digit planes are those of matmul.h and prefill.h, and so is the rest of mxfp4 where rows of x are many. */
 
+/* By how many bytes to reach what is to be asked for, from weights of row r of a tile that is read panel of k after
+ * panel, and in each row after row: codes QZ_AHEAD bytes on, in rows that follow, or in the next panel or tile. */
+enum { QZ_AHEAD = 12288 };
+typedef struct ahead_t {
+    ptrdiff_t codes, scales;
+} ahead_t;
+
+QZ_INLINE ahead_t find_ahead(const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count, int bits,
+                             int group) {
+    const qz_scales *from = &job->scales;
+    const int is_last = first + count >= job->columns;
+    ptrdiff_t rows = QZ_AHEAD * 8 / (bits * count), k = 0;
+    if (!is_last && rows > job->rows) rows = job->rows;
+    if (r + rows >= job->rows) {
+        k = is_last ? -first : count;
+        rows -= is_last ? 0 : job->rows;
+    }
+    return (ahead_t){rows * job->w_row_stride + k * bits / 8,
+                     rows * from->scale_row_stride + k / group * from->scale_group_stride};
+}
+
 QZ_INLINE void prefetch_fp4(const uint8_t *codes, ptrdiff_t size) {
     for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(codes + QZ_PREFETCH + i);
 }

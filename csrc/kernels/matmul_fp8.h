@@ -15,6 +15,23 @@ QZ_INLINE v_i32 decode_group_fp8(v_f32 to[QZ_FP8_VECTORS], const uint8_t *codes,
     return odd;
 }
 
+/* The same of as many groups as cost least together. A header may decode more codes at once than f32_from_e4m3 does,
+ * and need not call those of NaN odd, if NaN is what comes of them. */
+#ifndef QZ_E4M3_TOGETHER
+#define QZ_E4M3_TOGETHER 32
+#define f32_from_e4m3_together f32_from_e4m3
+#endif
+enum { QZ_FP8_BESIDE = QZ_E4M3_TOGETHER / QZ_FP8_GROUP };
+QZ_INLINE v_i32 decode_groups_fp8(v_f32 to[QZ_FP8_BESIDE * QZ_FP8_VECTORS], const uint8_t *codes,
+                                  const float *greater_scales, v_i32 odd) {
+    odd = or_i32(odd, f32_from_e4m3_together(to, codes));
+    QZ_UNROLL
+    for (int i = 0; i < QZ_FP8_BESIDE * QZ_FP8_VECTORS; i++) {
+        to[i] = mul_f32(to[i], set1_f32(greater_scales[i / QZ_FP8_VECTORS]));
+    }
+    return odd;
+}
+
 /* Scales, 256 times as large; there is room for whole vectors. readable: of how many there are at least. */
 QZ_INLINE v_i32 load_greater_scales(float *to, const char *from, ptrdiff_t stride, qz_type type, ptrdiff_t count,
                                     ptrdiff_t readable) {
@@ -108,7 +125,7 @@ QZ_INLINE void sum_chains(float *to, const float *w, const float *x, ptrdiff_t c
 /* The same of weights that only one row of x is multiplied by: they need not be stored in between. `panels` panels of
  * `count` k, which is less than all of a panel only where there is one; their chains stand at to[panel][r]. */
 QZ_INLINE void decode_and_sum_chains(float (*to)[QZ_TILE_ROWS][QZ_FP8_CHAINS], const qz_matmul_job *job, ptrdiff_t r,
-                                     ptrdiff_t first, ptrdiff_t count, int panels) {
+                                     ptrdiff_t first, ptrdiff_t count, ahead_t ahead, int panels) {
     const float *x = (const float *)job->x + first;
     row_fp8 row;
     v_i32 odd = find_row_fp8(&row, job, r, first, panels * count);
@@ -118,15 +135,19 @@ QZ_INLINE void decode_and_sum_chains(float (*to)[QZ_TILE_ROWS][QZ_FP8_CHAINS], c
         QZ_UNROLL
         for (int v = 0; v < QZ_CHAIN_VECTORS; v++) sums[p][v] = set1_f32(0.0f);
     }
-    for (ptrdiff_t group = 0; group < count / QZ_FP8_GROUP; group++) {
+    __builtin_prefetch(row.stored + ahead.scales);
+    const int beside = panels > 1 ? QZ_FP8_BESIDE : 1;
+    for (ptrdiff_t i = 0; i < count; i += beside * QZ_FP8_GROUP) {
         QZ_UNROLL
         for (int p = 0; p < panels; p++) {
-            const ptrdiff_t at = p * QZ_FP8_PANEL + group * QZ_FP8_GROUP;
-            v_f32 w[QZ_FP8_VECTORS];
-            __builtin_prefetch(row.codes + QZ_FP8_PREFETCH + at);
-            odd = decode_group_fp8(w, row.codes + at, row.scales[p * QZ_FP8_GROUPS + group], odd);
+            const ptrdiff_t at = p * QZ_FP8_PANEL + i;
+            const float *scales = row.scales + at / QZ_FP8_GROUP;
+            v_f32 w[QZ_FP8_BESIDE * QZ_FP8_VECTORS];
+            __builtin_prefetch(row.codes + ahead.codes + at);
+            odd = beside > 1 ? decode_groups_fp8(w, row.codes + at, scales, odd)
+                             : decode_group_fp8(w, row.codes + at, *scales, odd);
             QZ_UNROLL
-            for (int j = 0; j < QZ_FP8_VECTORS; j++) {
+            for (int j = 0; j < beside * QZ_FP8_VECTORS; j++) {
                 const int v = j % QZ_CHAIN_VECTORS;
                 sums[p][v] = fma_f32(load_f32(x + at + j * QZ_LANES), w[j], sums[p][v]);
             }
@@ -165,20 +186,22 @@ QZ_INLINE void add_chains(float *y, float (*chains)[QZ_FP8_CHAINS]) {
 QZ_INLINE void decode_rows_fp8(const qz_matmul_job *job) {
     float chains[QZ_FP8_SHARING][QZ_TILE_ROWS][QZ_FP8_CHAINS];
     _Alignas(64) float w[QZ_FP8_PANEL];
+    const ptrdiff_t together = QZ_FP8_TOGETHER_T * QZ_FP8_PANEL;
     ptrdiff_t first = 0;
     if (job->rows < QZ_TILE_ROWS) memset(chains, 0, sizeof chains);
-    while (job->m == 1 && job->columns - first >= QZ_FP8_TOGETHER_T * QZ_FP8_PANEL) {
+    for (; job->m == 1 && job->columns - first >= together; first += together) {
         for (ptrdiff_t r = 0; r < job->rows; r++) {
-            decode_and_sum_chains(chains, job, r, first, QZ_FP8_PANEL, QZ_FP8_TOGETHER_T);
+            const ahead_t ahead = find_ahead(job, r, first, together, 8, QZ_FP8_GROUP);
+            decode_and_sum_chains(chains, job, r, first, QZ_FP8_PANEL, ahead, QZ_FP8_TOGETHER_T);
         }
         for (int p = 0; p < QZ_FP8_TOGETHER_T; p++) add_chains(job->y, chains[p]);
-        first += QZ_FP8_TOGETHER_T * QZ_FP8_PANEL;
     }
     for (; first < job->columns; first += QZ_FP8_PANEL) {
         const ptrdiff_t left = job->columns - first, count = left < QZ_FP8_PANEL ? left : QZ_FP8_PANEL;
         for (ptrdiff_t r = 0; r < job->rows; r++) {
             if (job->m == 1) {
-                decode_and_sum_chains(chains, job, r, first, count, 1);
+                const ahead_t ahead = find_ahead(job, r, first, count, 8, QZ_FP8_GROUP);
+                decode_and_sum_chains(chains, job, r, first, count, ahead, 1);
                 continue;
             }
             decode_row_fp8(w, job, r, first, count);

@@ -274,6 +274,38 @@ static inline v_i32 f32_from_e4m3(v_f32 to[2], const uint8_t *codes) {
     return _mm512_zextsi256_si512(_mm256_cmpeq_epi8(_mm256_and_si256(v, largest), largest));
 }
 
+/* Of float32 numbers, the upper halves are all that is not 0. Their bytes are looked up by a code's magnitude, seven
+ * bits, which are those at which VPERMI2B looks, and joined by unpacking, which every pipe can do: 10 operations for 64
+ * codes, where conversions from float16 take twice as many. */
+#define QZ_E4M3_BITS(c)                          \
+    ((c) == 0x7f ? 0x7fc0                        \
+     : (c) >= 8  ? (112 << 7) + ((c) << 4)       \
+     : (c) >= 4  ? (112 << 7) + (((c) & 3) << 5) \
+     : (c) >= 2  ? (111 << 7) + (((c) & 1) << 6) \
+                 : (c) * (110 << 7))
+#define QZ_E4M3_LOW(c) QZ_E4M3_BITS(c) & 0xff
+#define QZ_E4M3_HIGH(c) QZ_E4M3_BITS(c) >> 8
+#define QZ_E4M3_8(byte, c) \
+    byte(c), byte(c + 1), byte(c + 2), byte(c + 3), byte(c + 4), byte(c + 5), byte(c + 6), byte(c + 7)
+#define QZ_E4M3_32(byte, c) QZ_E4M3_8(byte, c), QZ_E4M3_8(byte, c + 8), QZ_E4M3_8(byte, c + 16), QZ_E4M3_8(byte, c + 24)
+#define QZ_E4M3_128(byte) {QZ_E4M3_32(byte, 0), QZ_E4M3_32(byte, 32), QZ_E4M3_32(byte, 64), QZ_E4M3_32(byte, 96)}
+static const uint8_t e4m3_low[128] = QZ_E4M3_128(QZ_E4M3_LOW), e4m3_high[128] = QZ_E4M3_128(QZ_E4M3_HIGH);
+
+#define QZ_E4M3_TOGETHER 64
+QZ_INLINE v_i32 f32_from_e4m3_together(v_f32 to[4], const uint8_t *codes) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i at = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes)), none = _mm512_setzero_si512();
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(e4m3_low), at, _mm512_loadu_si512(e4m3_low + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(e4m3_high), at, _mm512_loadu_si512(e4m3_high + 64));
+    high = _mm512_ternarylogic_epi32(at, _mm512_set1_epi8((char)0x80), high, 0xea); /* at & 0x80 | high */
+    const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
+    to[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, a));
+    to[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, a));
+    to[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, b));
+    to[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, b));
+    return none;
+}
+
 static inline v_i32 f32_from_scales_e4m3(v_f32 to[1], const uint8_t *codes, v_i32 most) {
     const __m128i v = _mm_loadu_si128((const __m128i *)codes);
     to[0] = _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(v), 7));
