@@ -1,6 +1,12 @@
 /* y = x Wᵀ of FP4 weights on vectors: what a result is, bit for bit, is said by matmul_definition_fp.h. Dots, codes and
  * x in digit planes are those of matmul.h and prefill.h, and so is the rest of mxfp4 where rows of x are many. */
 
+/* Rows of weights whose dots with one row of x share the loads of its digits. A header with registers enough has two
+ * of them. */
+#ifndef QZ_ROWS_BESIDE
+#define QZ_ROWS_BESIDE 1
+#endif
+
 /* By how many bytes to reach what is to be asked for, from weights of row r of a tile that is read panel of k after
  * panel, and in each row after row: codes QZ_AHEAD bytes on, in rows that follow, or in the next panel or tile. */
 enum { QZ_AHEAD = 12288 };
@@ -23,7 +29,7 @@ QZ_INLINE ahead_t find_ahead(const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t fi
 }
 
 QZ_INLINE void prefetch_fp4(const uint8_t *codes, ptrdiff_t size) {
-    for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(codes + QZ_PREFETCH + i);
+    for (ptrdiff_t i = 0; i < size; i += 64) __builtin_prefetch(codes + i);
 }
 
 /* Packed codes of a chunk; where the row has only `blocks` more, a copy padded with zeros. */
@@ -34,15 +40,77 @@ QZ_INLINE const uint8_t *chunk_fp4(uint8_t *copy, const uint8_t *codes, ptrdiff_
     return copy;
 }
 
+/* Some blocks of neighbouring rows of weights, from row r of the job on: as many as take part in a dot side by side,
+ * the last standing in for those beyond. */
+typedef struct rows_beside {
+    const uint8_t *codes[QZ_ROWS_BESIDE];
+    const char *scales[QZ_ROWS_BESIDE];
+    ahead_t ahead;
+} rows_beside;
+
+QZ_INLINE rows_beside rows_from(const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin, ptrdiff_t end, int block) {
+    const qz_scales *from = &job->scales;
+    rows_beside rows = {.ahead = find_ahead(job, r, begin * block, (end - begin) * block, 4, block)};
+    QZ_UNROLL
+    for (int i = 0; i < QZ_ROWS_BESIDE; i++) {
+        const ptrdiff_t row = r + i < job->rows ? r + i : job->rows - 1;
+        rows.codes[i] = job->w + row * job->w_row_stride + begin * (block / 2);
+        rows.scales[i] = from->scales + row * from->scale_row_stride + begin * from->scale_group_stride;
+    }
+    return rows;
+}
+
+/* dot_chunk of the packed codes of all of them, `at` bytes further. Rows and steps alternate, so that no dot waits for
+ * the one before it. */
+QZ_INLINE void dot_chunk_of_rows(v_i32 dots[QZ_ROWS_BESIDE], const rows_beside *rows, ptrdiff_t at,
+                                 const int8_t *digits, int block, int count) {
+#if QZ_ROWS_BESIDE == 1
+    v_i32 sums[2];
+    dot_chunk(sums, rows->codes[0] + at, 1, digits, QZ_FP4, block, count);
+    dots[0] = sums[0];
+#else
+    const int step = QZ_STEP(QZ_FP4, block), steps = QZ_LANES * block / step, units = QZ_UNITS(QZ_FP4, block);
+    v_u8 codes[QZ_LANES][QZ_ROWS_BESIDE][QZ_MAX_UNITS];
+    v_i32 sums[QZ_ROWS_BESIDE][QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < steps; i++) {
+        QZ_UNROLL
+        for (int r = 0; r < QZ_ROWS_BESIDE; r++) {
+            codes_of_step(codes[i][r], rows->codes[r] + at + i * step / 2, 1, QZ_FP4, block);
+            sums[r][i] = set1_i32(0);
+        }
+    }
+    QZ_UNROLL
+    for (int d = count - 1; d >= 0; d--) {
+        QZ_UNROLL
+        for (int u = 0; u < units; u++) {
+            QZ_UNROLL
+            for (int i = 0; i < steps; i++) {
+                v_u8 x = load_u8(digits + (i * count + d) * step + u * QZ_VECTOR_BYTES);
+                QZ_HOLD(x);
+                QZ_UNROLL
+                for (int r = 0; r < QZ_ROWS_BESIDE; r++)
+                    sums[r][i] = dot4(sums[r][i], codes[i][r][u], x, QZ_DOT_BITS(QZ_FP4));
+            }
+        }
+        QZ_UNROLL
+        for (int i = 0; i < steps && d > 0; i++) {
+            QZ_UNROLL
+            for (int r = 0; r < QZ_ROWS_BESIDE; r++) sums[r][i] = shl_i32(sums[r][i], 8);
+        }
+    }
+    QZ_UNROLL
+    for (int r = 0; r < QZ_ROWS_BESIDE; r++) {
+        dots[r] = QZ_IS_NVFP4(QZ_FP4, block) ? sum_pairs_loosely(sums[r]) : sum_blocks(sums[r], steps);
+    }
+#endif
+}
+
 /* ---- mxfp4, few rows of x: terms wait for their addition in order, as in matmul.h ---- */
 
-/* (float(G) * s) * 2^(e-1) of blocks [at, at + QZ_LANES) of x. */
-QZ_INLINE v_f32 terms_mxfp4(const uint8_t *codes, int is_packed, v_f32 scales, const planes *x, ptrdiff_t at, int block,
-                            int digits) {
-    const chunk_numbers *numbers = numbers_at(x, at);
-    v_i32 dots[2];
-    dot_chunk(dots, codes, is_packed, x->digits + at * block * digits, QZ_FP4, block, digits);
-    const v_f32 dot = f32_from_i32(sub_i32(dots[0], load_i32(numbers->offset)));
+/* (float(G) * s) * 2^(e-1) of blocks whose numbers are given. */
+QZ_INLINE v_f32 terms_mxfp4(v_i32 dots, v_f32 scales, const chunk_numbers *numbers) {
+    const v_f32 dot = f32_from_i32(sub_i32(dots, load_i32(numbers->offset)));
     return mul_f32(mul_f32(dot, scales), load_f32(numbers->scale));
 }
 
@@ -54,48 +122,51 @@ QZ_INLINE v_f32 load_scales_mxfp4(const char *from, ptrdiff_t stride, ptrdiff_t 
     return load_f32(scales);
 }
 
-/* Weight row r, blocks [begin, end), for all rows of x, whose terms are `pitch` apart: a chunk is unpacked once. */
-QZ_INLINE void row_terms_mxfp4(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin,
-                               ptrdiff_t end, int block, int digits) {
+/* Blocks [begin, end) of a row for all rows of x, whose terms are `pitch` apart: a chunk is unpacked once. */
+QZ_INLINE void row_terms_mxfp4(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, const uint8_t *codes,
+                               const char *scales, ahead_t ahead, ptrdiff_t begin, ptrdiff_t end, int block,
+                               int digits) {
     const ptrdiff_t stride = job->scales.scale_group_stride;
-    const char *scales = job->scales.scales + r * job->scales.scale_row_stride;
-    const uint8_t *codes = job->w + r * job->w_row_stride;
-    const planes first = planes_at(job->x, job->columns, block, digits);
     _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2], unpacked[QZ_LANES * QZ_MAX_BLOCK];
-    ptrdiff_t at = begin;
-    for (; job->m == 1 && stride == 1 && at + QZ_LANES <= end; at += QZ_LANES) {
-        const v_f32 s = scales_of_bytes((const uint8_t *)scales + at, QZ_E8M0);
-        prefetch_fp4(codes + at * (block / 2), QZ_LANES * block / 2);
-        __builtin_prefetch(scales + at + QZ_PREFETCH * 2 / block);
-        store_f32(terms + at - begin, terms_mxfp4(codes + at * (block / 2), 1, s, &first, at, block, digits));
-    }
-    for (; at < end; at += QZ_LANES) {
-        const v_f32 s = load_scales_mxfp4(scales + at * stride, stride, end - at);
-        prefetch_fp4(codes + at * (block / 2), QZ_LANES * block / 2);
-        unpack_chunk(unpacked, chunk_fp4(copy, codes + at * (block / 2), end - at, block), QZ_FP4, block);
+    for (ptrdiff_t at = begin; at < end; at += QZ_LANES) {
+        const v_f32 s = load_scales_mxfp4(scales, stride, end - at);
+        prefetch_fp4(codes + ahead.codes, QZ_LANES * block / 2);
+        unpack_chunk(unpacked, chunk_fp4(copy, codes, end - at, block), QZ_FP4, block);
         for (ptrdiff_t m = 0; m < job->m; m++) {
             const planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
-            store_f32(terms + m * pitch + (at - begin), terms_mxfp4(unpacked, 0, s, &x, at, block, digits));
+            v_i32 dots[2];
+            dot_chunk(dots, unpacked, 0, x.digits + at * block * digits, QZ_FP4, block, digits);
+            store_f32(terms + m * pitch + (at - begin), terms_mxfp4(dots[0], s, numbers_at(&x, at)));
         }
+        codes += QZ_LANES * block / 2;
+        scales += QZ_LANES * stride;
     }
 }
 
-QZ_INLINE void decode_rows_mxfp4(const qz_matmul_job *job, int block, int digits) {
-    const ptrdiff_t blocks = job->columns / block, fit = QZ_DECODE_ROWS / job->m * QZ_LANES;
-    _Alignas(64) float terms[QZ_TERMS];
-    clear_tile(job);
-    if (job->rows < QZ_TILE_ROWS) memset(terms, 0, sizeof terms);
-    for (ptrdiff_t begin = 0; begin < blocks; begin += fit) {
-        const ptrdiff_t end = blocks - begin < fit ? blocks : begin + fit;
-        const ptrdiff_t pitch = (end - begin + QZ_LANES - 1) / QZ_LANES * QZ_LANES;
-        for (ptrdiff_t r = 0; r < job->rows; r++) {
-            row_terms_mxfp4(terms + r * pitch, pitch * QZ_TILE_ROWS, job, r, begin, end, block, digits);
-        }
-        for (ptrdiff_t m = 0; m < job->m; m++) {
-            add_terms_in_order(job->y + m * job->y_stride, terms + m * pitch * QZ_TILE_ROWS, pitch, pitch);
+/* Rows from r on, blocks [begin, end); terms of a row are `pitch` from those of the next. */
+QZ_INLINE void rows_terms_mxfp4(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin,
+                                ptrdiff_t end, int block, int digits) {
+    const rows_beside rows = rows_from(job, r, begin, end, block);
+    const planes x = planes_at(job->x, job->columns, block, digits);
+    ptrdiff_t at = begin;
+    for (; job->m == 1 && job->scales.scale_group_stride == 1 && at + QZ_LANES <= end; at += QZ_LANES) {
+        const ptrdiff_t byte = (at - begin) * (block / 2);
+        v_i32 dots[QZ_ROWS_BESIDE];
+        dot_chunk_of_rows(dots, &rows, byte, x.digits + at * block * digits, block, digits);
+        QZ_UNROLL
+        for (int i = 0; i < QZ_ROWS_BESIDE; i++) {
+            const uint8_t *scales = (const uint8_t *)rows.scales[i] + (at - begin);
+            prefetch_fp4(rows.codes[i] + byte + rows.ahead.codes, QZ_LANES * block / 2);
+            __builtin_prefetch(scales + rows.ahead.scales);
+            const v_f32 term = terms_mxfp4(dots[i], scales_of_bytes(scales, QZ_E8M0), numbers_at(&x, at));
+            store_f32(terms + i * pitch + (at - begin), term);
         }
     }
-    make_tile_canonical(job);
+    for (int i = 0; i < QZ_ROWS_BESIDE && at < end; i++) {
+        row_terms_mxfp4(
+            terms + i * pitch + (at - begin), pitch * QZ_TILE_ROWS, job, rows.codes[i] + (at - begin) * (block / 2),
+            rows.scales[i] + (at - begin) * job->scales.scale_group_stride, rows.ahead, at, end, block, digits);
+    }
 }
 
 /* ---- nvfp4 ---- */
@@ -126,102 +197,100 @@ QZ_INLINE void load_scales_nvfp4(float to[QZ_NVFP4_PANEL], const char *from, ptr
     for (ptrdiff_t i = blocks; i % QZ_LANES; i++) to[i] = 0.0f;
 }
 
-/* The links of QZ_LANES chains at blocks [at, at + QZ_LANES) of x. */
-QZ_INLINE v_f32 link_nvfp4(v_f32 chains, const uint8_t *codes, int is_packed, v_f32 scales, const planes *x,
-                           ptrdiff_t at, int block, int digits) {
-    const chunk_numbers *numbers = numbers_at(x, at);
-    v_i32 dots[2];
-    dot_chunk(dots, codes, is_packed, x->digits + at * block * digits, QZ_FP4, block, digits);
+/* The links of QZ_LANES chains, from the dots of their blocks. */
+QZ_INLINE v_f32 link_nvfp4(v_f32 chains, v_i32 dots, v_f32 scales, const chunk_numbers *numbers, int digits) {
     if (digits == 1) scales = mul_f32(scales, set1_f32(QZ_GREATER_NVFP4));
-    return chain_nvfp4(chains, dots[0], load_i32(numbers->offset), scales, load_f32(numbers->scale));
+    return chain_nvfp4(chains, dots, load_i32(numbers->offset), scales, load_f32(numbers->scale));
 }
 
-/* The same of chains and scales in memory, in plain order. */
+/* The same, of chains and scales in memory, in plain order, and blocks [at, at + QZ_LANES) of x. */
 QZ_INLINE void add_links_nvfp4(float *chains, const uint8_t *codes, int is_packed, const float *scales, const planes *x,
                                ptrdiff_t at, int block, int digits) {
     const v_f32 sum = loosen_f32(load_f32(chains)), s = loosen_f32(load_f32(scales));
-    store_f32(chains, loosen_f32(link_nvfp4(sum, codes, is_packed, s, x, at, block, digits)));
+    v_i32 dots[2];
+    dot_chunk(dots, codes, is_packed, x->digits + at * block * digits, QZ_FP4, block, digits);
+    store_f32(chains, loosen_f32(link_nvfp4(sum, dots[0], s, numbers_at(x, at), digits)));
 }
 
 enum { QZ_NVFP4_VECTORS = QZ_NVFP4_CHAINS / QZ_LANES };
 
-/* The chains of panels for one row of x, whose first block is `first`, where scales stand side by side; there are
- * blocks for whole links of all chains. What it returns tells whether scales are odd: then the sums count for nothing.
- */
-QZ_INLINE int sum_whole_links_nvfp4(float *to, const uint8_t *codes, const uint8_t *scales, const planes *x,
+/* The chains of panels for one row of x and blocks [first, end), which are whole links of all chains; scales stand side
+ * by side. What it returns tells whether scales are odd: then the sums count for nothing. */
+QZ_INLINE int sum_whole_links_nvfp4(float *to, ptrdiff_t pitch, const rows_beside *rows, const planes *x,
                                     ptrdiff_t first, ptrdiff_t end, int block, int digits) {
     v_i32 most = set1_i32(0);
-    for (; first < end; first += QZ_NVFP4_PANEL) {
-        v_f32 chains[QZ_NVFP4_VECTORS];
-        QZ_UNROLL
-        for (int v = 0; v < QZ_NVFP4_VECTORS; v++) chains[v] = set1_f32(0.0f);
-        __builtin_prefetch(scales + QZ_PREFETCH * 2 / block);
+    ptrdiff_t block_at = 0;
+    for (; first < end; first += QZ_NVFP4_PANEL, to += QZ_NVFP4_CHAINS) {
         const ptrdiff_t last = end - first < QZ_NVFP4_PANEL ? end : first + QZ_NVFP4_PANEL;
-        for (ptrdiff_t at = first; at < last; at += QZ_NVFP4_CHAINS) {
-            v_f32 s[QZ_NVFP4_VECTORS];
-            most = f32_from_scales_e4m3(s, scales, most);
-            prefetch_fp4(codes, QZ_NVFP4_CHAINS * block / 2);
+        v_f32 chains[QZ_ROWS_BESIDE][QZ_NVFP4_VECTORS];
+        QZ_UNROLL
+        for (int i = 0; i < QZ_ROWS_BESIDE; i++) {
+            __builtin_prefetch(rows->scales[i] + block_at + rows->ahead.scales);
+            QZ_UNROLL
+            for (int v = 0; v < QZ_NVFP4_VECTORS; v++) chains[i][v] = set1_f32(0.0f);
+        }
+        for (ptrdiff_t at = first; at < last; at += QZ_NVFP4_CHAINS, block_at += QZ_NVFP4_CHAINS) {
+            v_f32 s[QZ_ROWS_BESIDE][QZ_NVFP4_VECTORS];
+            QZ_UNROLL
+            for (int i = 0; i < QZ_ROWS_BESIDE; i++) {
+                most = f32_from_scales_e4m3(s[i], (const uint8_t *)rows->scales[i] + block_at, most);
+                prefetch_fp4(rows->codes[i] + block_at * (block / 2) + rows->ahead.codes, QZ_NVFP4_CHAINS * block / 2);
+            }
             QZ_UNROLL
             for (int v = 0; v < QZ_NVFP4_VECTORS; v++) {
-                chains[v] = link_nvfp4(chains[v], codes, 1, s[v], x, at + v * QZ_LANES, block, digits);
-                codes += QZ_LANES * block / 2;
+                const ptrdiff_t b = at + v * QZ_LANES, byte = (block_at + v * QZ_LANES) * (block / 2);
+                v_i32 dots[QZ_ROWS_BESIDE];
+                dot_chunk_of_rows(dots, rows, byte, x->digits + b * block * digits, block, digits);
+                QZ_UNROLL
+                for (int i = 0; i < QZ_ROWS_BESIDE; i++) {
+                    chains[i][v] = link_nvfp4(chains[i][v], dots[i], s[i][v], numbers_at(x, b), digits);
+                }
             }
-            scales += QZ_NVFP4_CHAINS;
         }
         QZ_UNROLL
-        for (int v = 0; v < QZ_NVFP4_VECTORS; v++) store_f32(to + v * QZ_LANES, loosen_f32(chains[v]));
-        to += QZ_NVFP4_CHAINS;
+        for (int i = 0; i < QZ_ROWS_BESIDE; i++) {
+            QZ_UNROLL
+            for (int v = 0; v < QZ_NVFP4_VECTORS; v++) {
+                store_f32(to + i * pitch + v * QZ_LANES, loosen_f32(chains[i][v]));
+            }
+        }
     }
     return exceeds_7e(most);
 }
 
-/* The chains of `blocks` blocks: a panel, or the end of one. */
-QZ_INLINE void sum_panel_nvfp4(float *to, const uint8_t *codes, const float *scales, const planes *x, ptrdiff_t first,
-                               ptrdiff_t blocks, int block, int digits) {
-    _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2];
-    if (first % QZ_NVFP4_PANEL == 0) memset(to, 0, QZ_NVFP4_CHAINS * sizeof *to);
+/* The chains of `blocks` blocks: a panel, or the end of one, for all rows of x, whose chains are `pitch` apart. Of some
+ * rows of x, a chunk is unpacked once. */
+QZ_INLINE void sum_panel_nvfp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, const uint8_t *codes,
+                               const float *scales, ptrdiff_t first, ptrdiff_t blocks, int block, int digits) {
+    _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2], unpacked[QZ_LANES * QZ_MAX_BLOCK];
+    const int packed = job->m == 1;
+    for (ptrdiff_t m = 0; m < job->m && first % QZ_NVFP4_PANEL == 0; m++) {
+        memset(to + m * pitch, 0, QZ_NVFP4_CHAINS * sizeof *to);
+    }
     for (ptrdiff_t at = 0; at < blocks; at += QZ_LANES) {
         const uint8_t *some = chunk_fp4(copy, codes + at * (block / 2), blocks - at, block);
-        float *chain = to + at % QZ_NVFP4_CHAINS;
-        prefetch_fp4(codes + at * (block / 2), QZ_LANES * block / 2);
-        add_links_nvfp4(chain, some, 1, scales + at, x, first + at, block, digits);
-    }
-}
-
-/* The same for all rows of x, whose chains are `pitch` apart: a chunk is unpacked once. */
-QZ_INLINE void sum_panel_of_rows_nvfp4(float *to, ptrdiff_t pitch, const uint8_t *codes, const float *scales,
-                                       const qz_matmul_job *job, ptrdiff_t first, ptrdiff_t blocks, int block,
-                                       int digits) {
-    _Alignas(64) uint8_t copy[QZ_LANES * QZ_MAX_BLOCK / 2], unpacked[QZ_LANES * QZ_MAX_BLOCK];
-    for (ptrdiff_t m = 0; m < job->m; m++) memset(to + m * pitch, 0, QZ_NVFP4_CHAINS * sizeof *to);
-    for (ptrdiff_t at = 0; at < blocks; at += QZ_LANES) {
-        const uint8_t *some = codes + at * (block / 2);
-        prefetch_fp4(some, QZ_LANES * block / 2);
-        unpack_chunk(unpacked, chunk_fp4(copy, some, blocks - at, block), QZ_FP4, block);
+        if (!packed) unpack_chunk(unpacked, some, QZ_FP4, block);
         for (ptrdiff_t m = 0; m < job->m; m++) {
             const planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
             float *chain = to + m * pitch + at % QZ_NVFP4_CHAINS;
-            add_links_nvfp4(chain, unpacked, 0, scales + at, &x, first + at, block, digits);
+            if (packed) add_links_nvfp4(chain, some, 1, scales + at, &x, first + at, block, digits);
+            if (!packed) add_links_nvfp4(chain, unpacked, 0, scales + at, &x, first + at, block, digits);
         }
     }
 }
 
-/* Weight row r, blocks [begin, end), for all rows of x. begin: a panel's, or after whole links of all chains. */
-QZ_INLINE void sum_row_nvfp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, const char *stored,
-                             const uint8_t *codes, ptrdiff_t begin, ptrdiff_t end, int block, int digits) {
+/* Blocks [begin, end) of a row for all rows of x. begin: a panel's, or after whole links of all chains. */
+QZ_INLINE void sum_row_nvfp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, const uint8_t *codes,
+                             const char *stored, ahead_t ahead, ptrdiff_t begin, ptrdiff_t end, int block, int digits) {
     const ptrdiff_t stride = job->scales.scale_group_stride;
     _Alignas(64) float scales[QZ_NVFP4_PANEL];
     while (begin < end) {
         const ptrdiff_t left = end - begin, room = QZ_NVFP4_PANEL - begin % QZ_NVFP4_PANEL;
         const ptrdiff_t blocks = left < room ? left : room;
-        __builtin_prefetch(stored + QZ_PREFETCH * 2 / block);
+        prefetch_fp4(codes + ahead.codes, blocks * (block / 2));
+        __builtin_prefetch(stored + ahead.scales);
         load_scales_nvfp4(scales, stored, stride, blocks);
-        if (job->m == 1) {
-            const planes x = planes_at(job->x, job->columns, block, digits);
-            sum_panel_nvfp4(to, codes, scales, &x, begin, blocks, block, digits);
-        } else {
-            sum_panel_of_rows_nvfp4(to, pitch, codes, scales, job, begin, blocks, block, digits);
-        }
+        sum_panel_nvfp4(to, pitch, job, codes, scales, begin, blocks, block, digits);
         begin += blocks;
         codes += blocks * (block / 2);
         stored += blocks * stride;
@@ -229,38 +298,51 @@ QZ_INLINE void sum_row_nvfp4(float *to, ptrdiff_t pitch, const qz_matmul_job *jo
     }
 }
 
-/* The same; first what can be done in the fast way. */
-QZ_INLINE void sum_row_or_fast_nvfp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin,
-                                     ptrdiff_t end, int block, int digits) {
-    const qz_scales *from = &job->scales;
-    const char *stored = from->scales + r * from->scale_row_stride + begin * from->scale_group_stride;
-    const uint8_t *codes = job->w + r * job->w_row_stride + begin * (block / 2);
-    if (job->m == 1 && from->scale_group_stride == 1) {
+/* Rows from r on, blocks [begin, end); chains of a row are `pitch` from those of the next. First what can be done in
+ * the fast way. */
+QZ_INLINE void sum_rows_nvfp4(float *to, ptrdiff_t pitch, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t begin,
+                              ptrdiff_t end, int block, int digits) {
+    const rows_beside rows = rows_from(job, r, begin, end, block);
+    ptrdiff_t done = 0;
+    if (job->m == 1 && job->scales.scale_group_stride == 1) {
         const ptrdiff_t whole = (end - begin) / QZ_NVFP4_CHAINS * QZ_NVFP4_CHAINS;
         const planes x = planes_at(job->x, job->columns, block, digits);
-        if (!sum_whole_links_nvfp4(to, codes, (const uint8_t *)stored, &x, begin, begin + whole, block, digits)) {
-            begin += whole;
-            stored += whole;
-            codes += whole * (block / 2);
-            to += whole / QZ_NVFP4_PANEL * QZ_NVFP4_CHAINS;
-        }
+        if (!sum_whole_links_nvfp4(to, pitch, &rows, &x, begin, begin + whole, block, digits)) done = whole;
     }
-    if (begin < end) sum_row_nvfp4(to, pitch, job, stored, codes, begin, end, block, digits);
+    for (int i = 0; i < QZ_ROWS_BESIDE && begin + done < end; i++) {
+        sum_row_nvfp4(to + i * pitch + done / QZ_NVFP4_PANEL * QZ_NVFP4_CHAINS, pitch * QZ_TILE_ROWS, job,
+                      rows.codes[i] + done * (block / 2), rows.scales[i] + done * job->scales.scale_group_stride,
+                      rows.ahead, begin + done, end, block, digits);
+    }
 }
 
-QZ_INLINE void decode_rows_nvfp4(const qz_matmul_job *job, int block, int digits) {
-    const ptrdiff_t blocks = job->columns / block, fit = QZ_DECODE_ROWS / job->m * QZ_NVFP4_PANEL;
-    _Alignas(64) float chains[QZ_DECODE_ROWS * QZ_TILE_ROWS * QZ_NVFP4_CHAINS];
+/* ---- both FP4 formats ---- */
+
+/* k of which the sums for one row of x wait for their addition: digits of so many stay in the first level of the
+ * caches, and of twice as many where that is all of a row, whose weights are then one run. */
+enum { QZ_FP4_WAITING = 2048 };
+
+/* Sums are chains, QZ_NVFP4_CHAINS for each panel, or terms, one for each block. */
+QZ_INLINE void decode_rows_fp4(const qz_matmul_job *job, int block, int digits) {
+    const int has_chains = QZ_IS_NVFP4(QZ_FP4, block);
+    const ptrdiff_t panel = has_chains ? QZ_NVFP4_PANEL : QZ_LANES, sums = has_chains ? QZ_NVFP4_CHAINS : QZ_LANES;
+    const ptrdiff_t k = job->columns <= 2 * QZ_FP4_WAITING ? 2 * QZ_FP4_WAITING : QZ_FP4_WAITING;
+    const ptrdiff_t blocks = job->columns / block, fit = job->m == 1 ? k / block : QZ_DECODE_ROWS / job->m * panel;
+    _Alignas(64) float waiting[QZ_DECODE_ROWS * QZ_TILE_ROWS * QZ_NVFP4_CHAINS];
     clear_tile(job);
-    if (job->rows < QZ_TILE_ROWS) memset(chains, 0, sizeof chains);
+    if (job->rows < QZ_TILE_ROWS) memset(waiting, 0, sizeof waiting);
     for (ptrdiff_t begin = 0; begin < blocks; begin += fit) {
         const ptrdiff_t end = blocks - begin < fit ? blocks : begin + fit;
-        const ptrdiff_t pitch = (end - begin + QZ_NVFP4_PANEL - 1) / QZ_NVFP4_PANEL * QZ_NVFP4_CHAINS;
-        for (ptrdiff_t r = 0; r < job->rows; r++) {
-            sum_row_or_fast_nvfp4(chains + r * pitch, pitch * QZ_TILE_ROWS, job, r, begin, end, block, digits);
+        const ptrdiff_t pitch = (end - begin + panel - 1) / panel * sums;
+        for (ptrdiff_t r = 0; r < job->rows; r += QZ_ROWS_BESIDE) {
+            if (has_chains) {
+                sum_rows_nvfp4(waiting + r * pitch, pitch, job, r, begin, end, block, digits);
+            } else {
+                rows_terms_mxfp4(waiting + r * pitch, pitch, job, r, begin, end, block, digits);
+            }
         }
         for (ptrdiff_t m = 0; m < job->m; m++) {
-            add_terms_in_order(job->y + m * job->y_stride, chains + m * pitch * QZ_TILE_ROWS, pitch, pitch);
+            add_terms_in_order(job->y + m * job->y_stride, waiting + m * pitch * QZ_TILE_ROWS, pitch, pitch);
         }
     }
     make_tile_canonical(job);
@@ -363,10 +445,8 @@ QZ_INLINE void prefill_nvfp4(const qz_matmul_job *job, int block, int digits) {
 QZ_INLINE void decode_any(const qz_matmul_job *job, int bits, int block, int digits) {
     for (ptrdiff_t r = 0; r < job->rows; r += QZ_TILE_ROWS) {
         const qz_matmul_job tile = tile_of_job(job, r); /* which no store changes, as compilers see: 8 % where M is 1 */
-        if (QZ_IS_NVFP4(bits, block)) {
-            decode_rows_nvfp4(&tile, block, digits);
-        } else if (bits == QZ_FP4) {
-            decode_rows_mxfp4(&tile, block, digits);
+        if (bits == QZ_FP4) {
+            decode_rows_fp4(&tile, block, digits);
         } else {
             decode_rows(&tile, bits, block, digits);
         }

@@ -80,6 +80,12 @@ QZ_INLINE float unit_of(int bits, int block, int digits) {
 /* unpack_folded and unpack_in_order of such. Groups of 16 may end within the 32 codes that the latter reads. */
 QZ_INLINE void unpack_codes(v_u8 *codes, const uint8_t *packed, int bits) {
     const int fold = QZ_FOLD(QZ_STORED_BITS(bits));
+#ifdef QZ_LOOKS_UP_FOLDED
+    if (bits == QZ_FP4) {
+        look_up_folded(codes, packed, shifted_fp4);
+        return;
+    }
+#endif
     unpack_folded(codes, packed, QZ_STORED_BITS(bits));
     QZ_UNROLL
     for (int f = 0; f < fold; f++) codes[f] = as_multiplied(codes[f], bits);

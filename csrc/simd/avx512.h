@@ -101,6 +101,9 @@ QZ_INLINE v_i32 dot4_units(v_i32 sum, const v_u8 *codes, const int8_t *digits, i
     return sum;
 }
 
+/* Registers hold the codes and the sums of two rows. */
+#define QZ_ROWS_BESIDE 2
+
 static inline v_i32 add_pairs_32(v_i32 a, v_i32 b) {
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
 }
@@ -204,6 +207,16 @@ QZ_INLINE v_u8 unpack_in_order(const uint8_t *packed, int bits, ptrdiff_t count)
 
 static inline v_u8 look_up_u8(const uint8_t table[16], v_u8 codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table)), codes);
+}
+
+/* VPERMB looks at six bits, for the upper two of which the table repeats: no mask is needed. */
+#define QZ_LOOKS_UP_FOLDED
+QZ_INLINE void look_up_folded(v_u8 codes[2], const uint8_t *packed, const uint8_t table[16]) {
+    const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    v_u8 bytes = load_u8(packed);
+    QZ_HOLD(bytes); /* as in unpack_folded */
+    codes[0] = _mm512_permutexvar_epi8(bytes, all);
+    codes[1] = _mm512_permutexvar_epi8(_mm512_srli_epi32(bytes, 4), all);
 }
 
 QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
