@@ -95,9 +95,16 @@ static __attribute__((noinline)) void QZ_NAME(decode_odd_row_fp8)(float *w, cons
 QZ_INLINE void decode_row_fp8(float *w, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first, ptrdiff_t count) {
     row_fp8 row;
     v_i32 odd = find_row_fp8(&row, job, r, first, count);
-    for (ptrdiff_t i = 0; i < count; i += QZ_FP8_GROUP) {
-        v_f32 v[QZ_FP8_VECTORS];
+    ptrdiff_t i = 0;
+    for (; i + QZ_E4M3_TOGETHER <= count; i += QZ_E4M3_TOGETHER) {
+        v_f32 v[QZ_FP8_BESIDE * QZ_FP8_VECTORS];
         if (i % 64 == 0) __builtin_prefetch(row.codes + QZ_FP8_PREFETCH + i);
+        odd = decode_groups_fp8(v, row.codes + i, row.scales + i / QZ_FP8_GROUP, odd);
+        QZ_UNROLL
+        for (int j = 0; j < QZ_FP8_BESIDE * QZ_FP8_VECTORS; j++) store_f32(w + i + j * QZ_LANES, v[j]);
+    }
+    for (; i < count; i += QZ_FP8_GROUP) {
+        v_f32 v[QZ_FP8_VECTORS];
         odd = decode_group_fp8(v, row.codes + i, row.scales[i / QZ_FP8_GROUP], odd);
         QZ_UNROLL
         for (int j = 0; j < QZ_FP8_VECTORS; j++) store_f32(w + i + j * QZ_LANES, v[j]);
@@ -235,7 +242,7 @@ enum { QZ_FP8_OUTPUTS = 64, QZ_FP8_PANELS = QZ_FP8_OUTPUTS / QZ_ACROSS };
 typedef float panel_fp8[QZ_FP8_PANEL][QZ_ACROSS];
 
 /* One chain of each row of x and each output of a panel. */
-QZ_INLINE void sum_chain_of_tile(v_f32 (*sums)[2], panel_fp8 panel, const float *const *x, ptrdiff_t chain,
+QZ_INLINE void sum_chain_of_tile(v_f32 (*sums)[2], panel_fp8 panel, const float (*x)[QZ_FP8_PANEL], ptrdiff_t chain,
                                  ptrdiff_t count, int rows) {
     QZ_UNROLL
     for (int m = 0; m < rows; m++) sums[m][0] = sums[m][1] = set1_f32(0.0f);
@@ -250,12 +257,14 @@ QZ_INLINE void sum_chain_of_tile(v_f32 (*sums)[2], panel_fp8 panel, const float 
     }
 }
 
-/* Adds to y the products of `rows` rows of x and a panel; the first `some` of them count. */
-QZ_INLINE void multiply_tile_fp8(float *y, ptrdiff_t pitch, panel_fp8 panel, const float *const *x, ptrdiff_t count,
-                                 ptrdiff_t some, int rows) {
+/* Adds to y the products of `rows` rows of x and a panel; the first `some` of them count. Asks for the x of the tile
+ * that comes after this one, from `next` on. */
+QZ_INLINE void multiply_tile_fp8(float *y, ptrdiff_t pitch, panel_fp8 panel, const float (*x)[QZ_FP8_PANEL],
+                                 const char *next, ptrdiff_t x_stride, ptrdiff_t count, ptrdiff_t some, int rows) {
     v_f32 totals[QZ_FLOAT_ROWS][2], sums[QZ_FLOAT_ROWS][2];
     sum_chain_of_tile(totals, panel, x, 0, count, rows);
     for (ptrdiff_t chain = 1; chain < QZ_FP8_CHAINS; chain++) {
+        for (ptrdiff_t m = 0; m < some; m++) prefetch(next + m * x_stride + chain * 64);
         sum_chain_of_tile(sums, panel, x, chain, count, rows);
         QZ_UNROLL
         for (int m = 0; m < rows; m++) {
@@ -270,21 +279,34 @@ QZ_INLINE void multiply_tile_fp8(float *y, ptrdiff_t pitch, panel_fp8 panel, con
     }
 }
 
-/* All rows of x, from `first` on, against a panel; the last stands in for those that a tile lacks. Not inline: see
- * multiply_panel. */
-static __attribute__((noinline)) void QZ_NAME(multiply_panel_fp8)(const qz_matmul_job *job, panel_fp8 panel,
-                                                                  ptrdiff_t output, ptrdiff_t first, ptrdiff_t count) {
+/* All rows of x against panels of outputs from `output` on and k from `first` on. The last rows have a tile of half the
+ * height if that is enough, or of one; the last of them stands in for those that it lacks. A tile's x is copied, and
+ * asked for while the one before is multiplied: rows of x may be some power of two apart, where processors neither
+ * fetch ahead nor find room in the cache for all of them. Not inline: see multiply_panel. */
+static __attribute__((noinline)) void QZ_NAME(multiply_panels_fp8)(const qz_matmul_job *job, panel_fp8 *panels,
+                                                                   ptrdiff_t output, ptrdiff_t outputs, ptrdiff_t first,
+                                                                   ptrdiff_t count) {
+    enum { HALF = QZ_FLOAT_ROWS / 2 };
+    const ptrdiff_t size = (ptrdiff_t)sizeof(float), stride = job->x_stride;
+    _Alignas(64) float x[QZ_FLOAT_ROWS][QZ_FP8_PANEL];
     for (ptrdiff_t m = 0; m < job->m; m += QZ_FLOAT_ROWS) {
-        const ptrdiff_t some = job->m - m < QZ_FLOAT_ROWS ? job->m - m : QZ_FLOAT_ROWS;
-        float *y = job->y + m * job->y_stride + output;
-        const float *x[QZ_FLOAT_ROWS];
-        for (ptrdiff_t r = 0; r < QZ_FLOAT_ROWS; r++) {
-            x[r] = (const float *)(job->x + (m + (r < some ? r : some - 1)) * job->x_stride) + first;
+        const ptrdiff_t left = job->m - m, some = left < QZ_FLOAT_ROWS ? left : QZ_FLOAT_ROWS;
+        const ptrdiff_t rows = some == 1 ? 1 : some <= HALF ? HALF : QZ_FLOAT_ROWS;
+        const char *next = job->x + first * size + (m + some) * stride;
+        if (some == left) next = job->x + (first + count) * size;
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            memcpy(x[r], job->x + (m + (r < some ? r : some - 1)) * stride + first * size, (size_t)(count * size));
         }
-        if (some == 1) {
-            multiply_tile_fp8(y, job->y_stride, panel, x, count, 1, 1);
-        } else {
-            multiply_tile_fp8(y, job->y_stride, panel, x, count, some, QZ_FLOAT_ROWS);
+        for (ptrdiff_t n = 0; n < outputs; n += QZ_ACROSS) {
+            float *y = job->y + m * job->y_stride + output + n;
+            panel_fp8 *panel = panels + n / QZ_ACROSS;
+            if (some == 1) {
+                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, 1, 1);
+            } else if (some <= HALF) {
+                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, some, HALF);
+            } else {
+                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, some, QZ_FLOAT_ROWS);
+            }
         }
     }
 }
@@ -307,15 +329,15 @@ QZ_INLINE void decode_lanes_fp8(panel_fp8 panel, int lane, const qz_matmul_job *
 }
 
 static void QZ_NAME(prefill_t_fp8)(const qz_matmul_job *job) {
-    _Alignas(64) panel_fp8 panel;
+    _Alignas(64) panel_fp8 panels[QZ_PREFILL_ROWS / QZ_ACROSS];
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     for (ptrdiff_t first = 0; first < job->columns; first += QZ_FP8_PANEL) {
         const ptrdiff_t left = job->columns - first, count = left < QZ_FP8_PANEL ? left : QZ_FP8_PANEL;
         for (ptrdiff_t r = 0; r < job->rows; r += QZ_ACROSS) {
-            decode_lanes_fp8(panel, 0, job, r, first, count);
-            decode_lanes_fp8(panel, QZ_LANES, job, r + QZ_LANES, first, count);
-            QZ_NAME(multiply_panel_fp8)(job, panel, r, first, count);
+            decode_lanes_fp8(panels[r / QZ_ACROSS], 0, job, r, first, count);
+            decode_lanes_fp8(panels[r / QZ_ACROSS], QZ_LANES, job, r + QZ_LANES, first, count);
         }
+        QZ_NAME(multiply_panels_fp8)(job, panels, 0, job->rows, first, count);
     }
     make_nan_canonical(job->y, job->m * job->y_stride);
 }
@@ -359,9 +381,7 @@ static void QZ_NAME(matmul_n_fp8)(const qz_matmul_job *job) {
         for (ptrdiff_t column = 0; column < job->columns; column += QZ_FP8_OUTPUTS) {
             const ptrdiff_t rest = job->columns - column, outputs = rest < QZ_FP8_OUTPUTS ? rest : QZ_FP8_OUTPUTS;
             decode_panels_fp8(panels, job, column, outputs, first, count);
-            for (ptrdiff_t n = 0; n < outputs; n += QZ_ACROSS) {
-                QZ_NAME(multiply_panel_fp8)(job, panels[n / QZ_ACROSS], column + n, first, count);
-            }
+            QZ_NAME(multiply_panels_fp8)(job, panels, column, outputs, first, count);
         }
     }
     make_nan_canonical(job->y, job->m * job->y_stride);
