@@ -13,10 +13,9 @@
 enum { MAX_ROWS_T = 128, MAX_ROWS_N = 32, MIN_ROWS = 8 };
 static const size_t prepared_bytes = (size_t)4 << 20;
 
-/* Multiplications after which signals should be looked for, though k be long: some 20 ms of the slowest kernels. */
-static const double longest = 1 << 24;
-/* The same for few rows of x against wide tiles: 0.15 s of portable C on a Zen 5, 5 to 13 ms of vectors. */
-static const double longest_of_few = 1 << 26;
+/* Multiplications after which signals should be looked for, though k be long: 0.15 s of portable C on a Zen 5, 1 to 13 ms
+ * of vectors. A panel of weights is made for each such job: shorter ones would make it more than once. */
+static const double longest = 1 << 26;
 
 /* One weight matrix times some rows of x. Rows are counted through x's batch dimensions. */
 typedef struct chunk {
@@ -124,7 +123,7 @@ static ptrdiff_t tile_of_columns(const chunk *c, ptrdiff_t threads) {
     ptrdiff_t tile = QZ_TILE_COLUMNS;
     const ptrdiff_t share = (c->n + threads - 1) / threads;
     if (c->m < MIN_ROWS && share > tile) {
-        const double most = longest_of_few / ((double)c->k * (double)c->m);
+        const double most = longest / ((double)c->k * (double)c->m);
         const ptrdiff_t room = MAX_ROWS_T * QZ_PREFILL_ROWS / c->m / QZ_MAX_GROUP * QZ_MAX_GROUP;
         const ptrdiff_t whole = (share + QZ_MAX_GROUP - 1) / QZ_MAX_GROUP * QZ_MAX_GROUP;
         const ptrdiff_t widest = whole < room ? whole : room;

@@ -303,7 +303,7 @@ QZ_INLINE void unpack_folded(v_u8 *codes, const uint8_t *packed, int bits) {
 
 /* Panels are transposed before they are unpacked, which saves most of the shuffles; QZ_PANEL_FOLD codes of a byte then
  * go to as many quads. */
-#define QZ_PANEL_FOLD(bits) QZ_FOLD(bits)
+#define QZ_PANEL_FOLD(bits) (QZ_FOLD_RUN(bits) > 1 ? 1 : QZ_FOLD(bits))
 /* Codes `index`, index + QZ_PANEL_FOLD(bits), ... */
 QZ_INLINE v_u8 folded_codes(v_u8 packed, int index, int bits) {
     return _mm512_and_si512(_mm512_srli_epi32(packed, (unsigned)(index * bits)),
