@@ -102,13 +102,15 @@ copy_tree() {
 # What reaches every kernel and the binding, for machines that are emulated: the rest of the suite is Python above them.
 # shellcheck disable=SC2034 # for the gates
 kernel_tests=(tests/test_quantize.py tests/test_quantize_fp.py tests/test_matmul.py tests/test_matmul_fp.py
-    tests/test_gather_fp.py tests/test_fake_quantize.py tests/test_convert.py tests/test_boundary.py
-    tests/test_kv_codec.py tests/test_kv_attention.py)
+    tests/test_matmul_float.py tests/test_matmul_float_fp.py tests/test_gather.py tests/test_gather_fp.py
+    tests/test_fake_quantize.py tests/test_convert.py tests/test_boundary.py tests/test_kv_codec.py
+    tests/test_kv_attention.py)
 
-# build PYTHON [setup.py arguments]: the extension, in place, in the current directory, whose package then is the one used.
+# build PYTHON [setup.py arguments]: the extension, in place, in the current directory, whose package then is used.
 # Where a gate names no flags of its own they are the same for all, so that objects are.
 build() {
-    CC=${CC-gcc} CFLAGS=${CFLAGS--Wall -Wextra -Werror} "$1" setup.py -q build_ext --inplace --force "${@:2}" >build.log 2>&1 || { cat build.log && fail "build"; }
+    CC=${CC-gcc} CFLAGS=${CFLAGS--Wall -Wextra -Werror} "$1" setup.py -q build_ext --inplace --force "${@:2}" \
+        >build.log 2>&1 || { cat build.log && fail "build"; }
     export PYTHONPATH=$PWD/src
 }
 

@@ -17,8 +17,6 @@ TABLE = pathlib.Path(__file__).with_name("counts.txt")
 MARGIN = 0.03
 
 # Each kernel of avx512 by its function, and a word of the instructions that its hot loop has more of than other loops.
-# Attention's loops for all widths are in one function: rows of 4 bits show the longest of those of 2 to 4, and rows of
-# several queries the longest of all.
 LOOPS = {
     **{
         f"matmul_t_{bits}_digits_{digits}": (f"decode_multiply_affine_{bits}_1_{digits}", "vpdpbusd")
@@ -26,9 +24,9 @@ LOOPS = {
         for digits in (1, 2, 3)
     },
     **{f"matmul_t_{mode}": (f"decode_multiply_{mode}_0_3", "vpdpbusd") for mode in ("mxfp4", "nvfp4")},
-    "matmul_t_mxfp8": ("decode_t_fp8", "vcvtph2ps"),
+    "matmul_t_mxfp8": ("decode_t_fp8", "vfmadd"),
     **{f"quantize_{mode}": (f"quantize_metal_{mode}", "zmm") for mode in ("mxfp4", "mxfp8", "nvfp4")},
-    "prefill_t_4_digits_3": ("prefill_multiply_affine_4_1_3", "vpdpbusd"),
+    "prefill_tile": ("tile_narrow_8", "vpdpbusd"),
     "matmul_n_4_digits_3": ("matmul_n_affine_4_3", "vpdpbusd"),
     "quantize_4": ("quantize_metal_affine_4", "zmm"),
     "dequantize_4": ("dequantize_affine_4", "zmm"),
@@ -40,11 +38,16 @@ LOOPS = {
     "float_n_4_panel": ("float_n_affine_4", "vcvtdq2ps"),
     "float_tile": ("multiply_rows.constprop.0", "vfmadd231ps"),
     **{
-        f"kv_{name}_{row}": (name, word)
+        f"kv_{name}_{row}": (f"{name}_{function}", word)
         for name in ("score", "weigh")
-        for row, word in (("4_m_1", "vpermps"), ("8_m_1", "vgatherdps"), ("m_8", "vfmadd231ps"))
+        for row, function, word in (
+            ("4_m_1", "one_4_0", "vpermps"),
+            ("8_m_1", "one_8_1", "vgatherdps"),
+            ("4_m_8", "several_4_0", "vfmadd231ps"),
+        )
     },
-    "kv_encode_4": ("encode_blocks", "vpermps"),
+    "kv_encode_4": ("search_128", "vpermps"),
+    "kv_encode_4_rotation": ("transform_128", "zmm"),
     "kv_encode_8": ("encode_blocks", "vgatherdps"),
     "kv_encode_rotation": ("encode_blocks", "vshuff32x4"),
     "kv_decode_rotation": ("decode", "vshuff32x4"),

@@ -514,17 +514,4 @@ EMU_COMPARE(testn_epi32_mask, uint32_t, (x[i] & y[i]) == 0)
 #undef _mm512_testn_epi32_mask
 #define _mm512_testn_epi32_mask emu_testn_epi32_mask
 
-/* Elements repeated. */
-
-EMU __m512 emu_mm512_moveldup_ps(__m512 v) {
-    return EMU_JOIN_PS(_mm256_moveldup_ps(EMU_LOW_PS(v)), _mm256_moveldup_ps(EMU_HIGH_PS(v)));
-}
-EMU __m512 emu_mm512_movehdup_ps(__m512 v) {
-    return EMU_JOIN_PS(_mm256_movehdup_ps(EMU_LOW_PS(v)), _mm256_movehdup_ps(EMU_HIGH_PS(v)));
-}
-#undef _mm512_moveldup_ps
-#define _mm512_moveldup_ps emu_mm512_moveldup_ps
-#undef _mm512_movehdup_ps
-#define _mm512_movehdup_ps emu_mm512_movehdup_ps
-
 #endif

@@ -9,8 +9,8 @@
 #include "formats.h"
 #include "kernels_kv.h"
 
-/* Outputs of one job: QZ_TILE_ROWS where rows of x are few, since each is a chain of dependent additions, and
- * QZ_PREFILL_ROWS where they are many, so that they stay in the caches meanwhile. For _n up to QZ_TILE_COLUMNS, so that
+/* Outputs of one job: QZ_PREFILL_ROWS, so that x stays in the caches meanwhile, or QZ_TILE_ROWS where threads could not
+ * share them out evenly. For _n up to QZ_TILE_COLUMNS, so that
  * lines of weights are long, and more for few rows of x (cpu/matmul.c). */
 enum {
     QZ_TILE_ROWS = 16,
@@ -111,7 +111,7 @@ typedef struct qz_float_kernels {
 typedef struct qz_format_kernels {
     void (*quantize[QZ_PROFILES])(const qz_quantize_job *);
     void (*dequantize)(const qz_dequantize_job *);
-    /* y = x Wᵀ for few rows of x and for many, min_prefill or more; same bits. Index: digits - 1. */
+    /* y = x Wᵀ for few rows of x and for many (cpu/weights.h says which); same bits. Index: digits - 1. */
     qz_matmul_kernel decode_t[QZ_MAX_DIGITS], prefill_t[QZ_MAX_DIGITS];
     ptrdiff_t min_prefill; /* at most QZ_DECODE_ROWS + 1 */
     void (*matmul_n[QZ_MAX_DIGITS])(const qz_matmul_job *);

@@ -80,11 +80,11 @@ infinities are computed by plain float32 sums in those groups, at the speed of s
 the NaN with bits 0x7fc00000.
 
 With accumulate="float" the result is the same bits for every number of threads, and each time, for given shapes on
-one instruction set, but not across instruction sets or values of M. As long as no sum of |x| * |W|, or of |x| times
-the numbers that codes stand for, overflows float32, its error is at most (min(K, 256) + K / 16 + 13) * 2^-24 *
-sum(|x| * |W|), beside what underflow takes from products, and usually far less. NaN and infinities go where IEEE
-arithmetic takes them, at full speed: an output that one has a share in is not finite, though it may be NaN where
-exact arithmetic has an infinity, as where its code is 0.
+one instruction set, but not across instruction sets or values of M. As long as no weight overflows float32, and no
+sum of |x| * |W| or of |x| times the numbers that codes stand for, its error is at most about
+(min(K, 256) + K / 16 + 13) * 2^-24 * sum(|x| * |W|), beside what underflow takes from products, and usually far
+less. NaN and infinities go where IEEE arithmetic takes them, at full speed: an output that one has a share in is
+not finite, though it may be NaN where exact arithmetic has an infinity, as where its code is 0.
 """,
         "gathered_bits": """\
 With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
@@ -446,7 +446,8 @@ accumulate, activations, out, input_dtype
     As in `${mode}_qmm_t`.
 """
 GATHERED_RESULT = """\
-    In the dtype, and with the bits, that `${mode}_qmm_t` or `${mode}_qmm_n` gives for each pair alone.
+    In the dtype that `${mode}_qmm_t` or `${mode}_qmm_n` gives, and with accumulate="exact", the default, with the bits
+    that it gives for each pair alone.
     $gathered_bits
 
 Raises

@@ -359,7 +359,7 @@ def call_small(): q.quantize(x[:1])
 def test_long_calls_answer_ctrl_c(call, threads):
     """The promise is 100 ms.
 
-    Calls look for signals every 20 ms, after a run of pieces of work of some milliseconds each; the rest is for a
+    Calls look for signals every 20 ms, after a run of pieces of work of up to 40 ms each; the rest is for a
     scheduler that keeps the calling thread off its CPU for a few of its time slices. A machine busy with other work
     can only add to it, so that one measurement of three within the promise shows that it is kept.
     """

@@ -13,10 +13,6 @@
 enum { MAX_ROWS_T = 128, MAX_ROWS_N = 32, MIN_ROWS = 8 };
 static const size_t prepared_bytes = (size_t)4 << 20;
 
-/* Multiplications after which signals should be looked for, though k be long: 0.15 s of portable C on a Zen 5, 1 to 13 ms
- * of vectors. A panel of weights is made for each such job: shorter ones would make it more than once. */
-static const double longest = 1 << 26;
-
 /* One weight matrix times some rows of x. Rows are counted through x's batch dimensions. */
 typedef struct chunk {
     const qz_plan *plan;
@@ -112,6 +108,10 @@ static void multiply_tiles(void *context, ptrdiff_t begin, ptrdiff_t end) {
 
 static int is_prefill(const chunk *c) { return c->kernel == &c->kernels->prefill_t[c->args->digits - 1]; }
 
+/* Multiplications after which signals should be looked for, though k be long: 10 to 40 milliseconds of portable C, 1 to
+ * 15 of vectors. Each job makes panels of weights anew, so that more and shorter ones would cost. */
+static double longest(const chunk *c) { return c->plan->kernels == qz_definition() ? 1 << 24 : 1 << 26; }
+
 /* A call that nobody shares and nobody stops: done in one task, in few jobs, each of which costs as much as some rows
  * of a small matrix. */
 static int is_small(const qz_run *run) { return run->threads == 1 && !run->poll; }
@@ -123,7 +123,7 @@ static ptrdiff_t tile_of_columns(const chunk *c, ptrdiff_t threads) {
     ptrdiff_t tile = QZ_TILE_COLUMNS;
     const ptrdiff_t share = (c->n + threads - 1) / threads;
     if (c->m < MIN_ROWS && share > tile) {
-        const double most = longest / ((double)c->k * (double)c->m);
+        const double most = longest(c) / ((double)c->k * (double)c->m);
         const ptrdiff_t room = MAX_ROWS_T * QZ_PREFILL_ROWS / c->m / QZ_MAX_GROUP * QZ_MAX_GROUP;
         const ptrdiff_t whole = (share + QZ_MAX_GROUP - 1) / QZ_MAX_GROUP * QZ_MAX_GROUP;
         const ptrdiff_t widest = whole < room ? whole : room;
@@ -139,7 +139,7 @@ static ptrdiff_t tile_of_columns(const chunk *c, ptrdiff_t threads) {
 static ptrdiff_t tile_of_rows(const chunk *c, const qz_run *run, ptrdiff_t threads) {
     if (is_prefill(c) || is_small(run)) return QZ_PREFILL_ROWS;
     if (c->n / QZ_PREFILL_ROWS < 8 * threads) return QZ_TILE_ROWS;
-    return (double)QZ_PREFILL_ROWS * (double)c->k * (double)c->m > longest ? QZ_TILE_ROWS : QZ_PREFILL_ROWS;
+    return (double)QZ_PREFILL_ROWS * (double)c->k * (double)c->m > longest(c) ? QZ_TILE_ROWS : QZ_PREFILL_ROWS;
 }
 
 static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
@@ -148,7 +148,7 @@ static void share_out(chunk *c, const qz_run *run, ptrdiff_t *grain) {
     c->tiles = (c->n + c->tile - 1) / c->tile;
     c->parts = threads > 1 && c->m >= MIN_ROWS ? (4 * threads + c->tiles - 1) / c->tiles : 1;
     if (c->parts > 1 && c->parts > c->m / MIN_ROWS) c->parts = c->m / MIN_ROWS;
-    double pieces = (double)c->tile * (double)c->k * (double)c->m / longest;
+    double pieces = (double)c->tile * (double)c->k * (double)c->m / longest(c);
     if ((double)c->parts < pieces) c->parts = pieces < (double)c->m ? (ptrdiff_t)pieces + 1 : c->m;
     double work = (double)c->tile * (double)c->k * (double)c->m / (double)c->parts;
     *grain = qz_product_grain(c->tiles * c->parts, work, threads);

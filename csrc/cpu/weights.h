@@ -4,8 +4,8 @@
 
 #include "cpu.h"
 
-/* Whether there are too few rows of x for panels to pay in the exact class: of fewer digits each row takes less time.
- */
+/* Whether there are too few rows of x for panels to pay in the exact class. With one digit a row takes so little time
+ * that it needs five of them. */
 static inline int qz_is_few(const qz_format_kernels *kernels, ptrdiff_t rows, int digits) {
     return rows < kernels->min_prefill || rows < 6 - digits;
 }

@@ -194,7 +194,8 @@ QZ_INLINE void score_rows(const qz_kv_block *k, const qz_kv_rows *q, float *scor
         const ptrdiff_t count = k->positions - first < QZ_LANES ? k->positions - first : QZ_LANES;
         const uint8_t *from = k->codes + first * k->stride;
         ptrdiff_t i = 0;
-        if (count < QZ_LANES) memset(chains, 0, sizeof chains); /* all lanes are added up */
+        if (count < QZ_LANES) /* all lanes are added up */
+            memset(chains, 0, (size_t)(rows * QZ_LANES * QZ_LANES) * sizeof *chains);
         for (; i + together <= count; i += together)
             chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, c, bits, is_wide, rows, together);
         for (; i < count; i++)

@@ -110,7 +110,7 @@ QZ_INLINE void dot_chunk_ahead(v_i32 sums[2], const uint8_t *from, int is_packed
 #endif
     QZ_UNROLL
     for (int i = 0; i < steps; i += together) {
-        /* Loads of codes that straddle bytes reach beyond the last of them. */
+        /* Where steps are no whole lines, the last one may end within the next. */
         const int beyond = size % 32 != 0 && i + together == steps ? 64 : 0;
         if (ahead) prefetch_lines(ahead, i * size, together * size + beyond);
         dot_steps(low + i, high + i, from + i * size, is_packed, digits + i * step * count, together, bits, block,

@@ -264,7 +264,7 @@ QZ_INLINE void multiply_tile_fp8(float *y, ptrdiff_t pitch, panel_fp8 panel, con
     v_f32 totals[QZ_FLOAT_ROWS][2], sums[QZ_FLOAT_ROWS][2];
     sum_chain_of_tile(totals, panel, x, 0, count, rows);
     for (ptrdiff_t chain = 1; chain < QZ_FP8_CHAINS; chain++) {
-        for (ptrdiff_t m = 0; m < some; m++) prefetch(next + m * x_stride + chain * 64);
+        for (ptrdiff_t m = 0; m < some; m++) prefetch(next + m * x_stride + (chain - 1) * 64);
         sum_chain_of_tile(sums, panel, x, chain, count, rows);
         QZ_UNROLL
         for (int m = 0; m < rows; m++) {

@@ -1,7 +1,7 @@
 /* x as digit planes, the form in which the vector kernels of the exact class read it.
  *
- * The kernels take codes in steps: of as many vectors as one vector of packed bytes unfolds to (unpack_folded), or of
- * as many such as fill a block. A prepared row holds, for every step and digit, lowest first, the digits in the order
+ * The kernels take codes in steps: of as many vectors as are unpacked together (unpack_folded), or of as many such
+ * as fill a block. A prepared row holds, for every step and digit, lowest first, the digits in the order
  * of the step's codes; then the numbers of the blocks. It has room for a multiple of QZ_LANES blocks, which are whole
  * steps: the last step may reach beyond k, where digits are zero and sums are left alone. */
 

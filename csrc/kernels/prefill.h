@@ -66,7 +66,7 @@ QZ_INLINE void load_columns_of(float *scales, float *biases, ptrdiff_t pitch, co
     QZ_UNROLL
     for (int i = 0; i < QZ_LANES; i++) {
         const v_f32 scale = load_some_scales(from->scales + rows->scales[i], groups, type);
-        const v_f32 bias = load_some_scales(from->biases + rows->biases[i], groups, type);
+        const v_f32 bias = biases ? load_some_scales(from->biases + rows->biases[i], groups, type) : scale;
         columns[i] = join_lower_f32(scale, bias);
     }
     transpose_f32(columns);

@@ -101,10 +101,10 @@
 #include "../formats.def"
 #undef QZ_FORMAT
 
-/* Rows of x from which on panels are worth their making. */
+/* Rows of x from which on panels are worth their making; a header whose panels of affine codes cost less says so. */
 enum { QZ_MIN_PREFILL_FP = 8 };
 #ifndef QZ_MIN_PREFILL
-#define QZ_MIN_PREFILL QZ_MIN_PREFILL_FP
+#define QZ_MIN_PREFILL 8
 #endif
 _Static_assert(QZ_MIN_PREFILL <= QZ_DECODE_ROWS + 1 && QZ_MIN_PREFILL_FP <= QZ_DECODE_ROWS + 1,
                "decode_t takes all rows of x below");

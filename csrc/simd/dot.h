@@ -67,8 +67,8 @@ static inline int exceeds_7e(v_i32 most);
  * QZ_LANES blocks, in order, modulo 2^32. lanes is a power of two up to QZ_LANES. */
 QZ_INLINE v_i32 sum_blocks(const v_i32 *sums, int lanes);
 
-/* sum_blocks in steps, one after each sums[done - 1]; after the last, the result is sums[0]. A header with few
- * registers joins sums as they come, and defines QZ_JOINS_EARLY. */
+/* sum_blocks in steps, one after each sums[done - 1]; after the last, the result is sums[0]. A header may
+ * join sums as they come, and defines QZ_JOINS_EARLY. */
 QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes);
 #ifndef QZ_JOINS_EARLY
 QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes) {
@@ -87,7 +87,18 @@ static inline v_f32 double_lanes(v_f32 v);
  * QZ_TILE_VECTORS, QZ_TILE_M   vectors of outputs, and rows of x, whose sums fit the registers
  *
  * A header may offer sums over int16 pairs, too, as avx2.h does: QZ_PAIRS. And where there is one digit, it may leave
- * sums of blocks to int16, QZ_NARROW: avx2.h says how. */
+ * sums of blocks to int16, QZ_NARROW: avx2.h says how.
+ *
+ * What else a header may offer or set; without it kernels do with the above. avx512.h, which has all, describes them:
+ *
+ * QZ_LOADS_SOME        load_some_u8, which reads no byte beyond so many, and join_lower_f32
+ * QZ_PANEL_FOLD        panels transposed before they are unpacked; needs QZ_LOADS_SOME, folded_codes and fold_lanes
+ * QZ_LOOKS_UP_FOLDED   look_up_folded, which takes nibbles without a mask
+ * QZ_E4M3_TOGETHER     f32_from_e4m3_together, of so many codes at a time
+ * QZ_TILES_FOR_ALL     one function for each height of a tile serves all formats
+ * QZ_ROWS_BESIDE       rows of FP4 weights that share loads of x
+ * QZ_MIN_PREFILL       rows of x from which on panels pay (kernels/table.h)
+ * QZ_PREFETCH          bytes by which weights are asked for ahead */
 
 /* a[0] b[0] c[0] d[0] a[1] b[1] ...: four vectors of bytes. */
 static inline void store_interleaved_4(uint8_t *to, v_u8 a, v_u8 b, v_u8 c, v_u8 d);

@@ -104,7 +104,8 @@ def mxfp4_gather_qmm(
     Returns
     -------
     numpy.ndarray, shape (*indices, M, N)
-        In the dtype, and with the bits, that `mxfp4_qmm_t` or `mxfp4_qmm_n` gives for each pair alone.
+        In the dtype that `mxfp4_qmm_t` or `mxfp4_qmm_n` gives, and with accumulate="exact", the default, with the bits
+        that it gives for each pair alone.
         With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises
@@ -215,7 +216,8 @@ def mxfp4_gather_qmm_rhs(
     Returns
     -------
     numpy.ndarray, shape (..., N)
-        In the dtype, and with the bits, that `mxfp4_qmm_t` or `mxfp4_qmm_n` gives for each pair alone.
+        In the dtype that `mxfp4_qmm_t` or `mxfp4_qmm_n` gives, and with accumulate="exact", the default, with the bits
+        that it gives for each pair alone.
         With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises
@@ -329,7 +331,8 @@ def mxfp8_gather_qmm(
     Returns
     -------
     numpy.ndarray, shape (*indices, M, N)
-        In the dtype, and with the bits, that `mxfp8_qmm_t` or `mxfp8_qmm_n` gives for each pair alone.
+        In the dtype that `mxfp8_qmm_t` or `mxfp8_qmm_n` gives, and with accumulate="exact", the default, with the bits
+        that it gives for each pair alone.
 
     Raises
     ------
@@ -439,7 +442,8 @@ def mxfp8_gather_qmm_rhs(
     Returns
     -------
     numpy.ndarray, shape (..., N)
-        In the dtype, and with the bits, that `mxfp8_qmm_t` or `mxfp8_qmm_n` gives for each pair alone.
+        In the dtype that `mxfp8_qmm_t` or `mxfp8_qmm_n` gives, and with accumulate="exact", the default, with the bits
+        that it gives for each pair alone.
 
     Raises
     ------
@@ -556,7 +560,8 @@ def nvfp4_gather_qmm(
     Returns
     -------
     numpy.ndarray, shape (*indices, M, N)
-        In the dtype, and with the bits, that `nvfp4_qmm_t` or `nvfp4_qmm_n` gives for each pair alone.
+        In the dtype that `nvfp4_qmm_t` or `nvfp4_qmm_n` gives, and with accumulate="exact", the default, with the bits
+        that it gives for each pair alone.
         With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises
@@ -671,7 +676,8 @@ def nvfp4_gather_qmm_rhs(
     Returns
     -------
     numpy.ndarray, shape (..., N)
-        In the dtype, and with the bits, that `nvfp4_qmm_t` or `nvfp4_qmm_n` gives for each pair alone.
+        In the dtype that `nvfp4_qmm_t` or `nvfp4_qmm_n` gives, and with accumulate="exact", the default, with the bits
+        that it gives for each pair alone.
         With accumulate="float" the bits depend on how many rows of x meet the same weights, not on threads.
 
     Raises

@@ -117,11 +117,11 @@ def mxfp4_qmm_t(
     the NaN with bits 0x7fc00000.
 
     With accumulate="float" the result is the same bits for every number of threads, and each time, for given shapes on
-    one instruction set, but not across instruction sets or values of M. As long as no sum of |x| * |W|, or of |x| times
-    the numbers that codes stand for, overflows float32, its error is at most (min(K, 256) + K / 16 + 13) * 2^-24 *
-    sum(|x| * |W|), beside what underflow takes from products, and usually far less. NaN and infinities go where IEEE
-    arithmetic takes them, at full speed: an output that one has a share in is not finite, though it may be NaN where
-    exact arithmetic has an infinity, as where its code is 0.
+    one instruction set, but not across instruction sets or values of M. As long as no weight overflows float32, and no
+    sum of |x| * |W| or of |x| times the numbers that codes stand for, its error is at most about
+    (min(K, 256) + K / 16 + 13) * 2^-24 * sum(|x| * |W|), beside what underflow takes from products, and usually far
+    less. NaN and infinities go where IEEE arithmetic takes them, at full speed: an output that one has a share in is
+    not finite, though it may be NaN where exact arithmetic has an infinity, as where its code is 0.
 
     Scale 255 is infinity: a group of such a scale gives an infinity, or NaN where its sum of products is 0.
 
@@ -732,11 +732,11 @@ def nvfp4_qmm_t(
     the NaN with bits 0x7fc00000.
 
     With accumulate="float" the result is the same bits for every number of threads, and each time, for given shapes on
-    one instruction set, but not across instruction sets or values of M. As long as no sum of |x| * |W|, or of |x| times
-    the numbers that codes stand for, overflows float32, its error is at most (min(K, 256) + K / 16 + 13) * 2^-24 *
-    sum(|x| * |W|), beside what underflow takes from products, and usually far less. NaN and infinities go where IEEE
-    arithmetic takes them, at full speed: an output that one has a share in is not finite, though it may be NaN where
-    exact arithmetic has an infinity, as where its code is 0.
+    one instruction set, but not across instruction sets or values of M. As long as no weight overflows float32, and no
+    sum of |x| * |W| or of |x| times the numbers that codes stand for, its error is at most about
+    (min(K, 256) + K / 16 + 13) * 2^-24 * sum(|x| * |W|), beside what underflow takes from products, and usually far
+    less. NaN and infinities go where IEEE arithmetic takes them, at full speed: an output that one has a share in is
+    not finite, though it may be NaN where exact arithmetic has an infinity, as where its code is 0.
 
     Scales 0x7f and 0xff are NaN. With a global scale, all results are multiplied by float32(global_scale / 2688) at the
     end.
