@@ -218,33 +218,29 @@ QZ_INLINE void multiply_float_rows(float *y, const qz_matmul_job *job, ptrdiff_t
     }
 }
 
-/* Shares rows of weights and of x out to `multiply`, a constant, so that it costs no call. format: bits, or what else
- * `multiply` is told. */
-typedef void multiply_lines(float *y, const qz_matmul_job *job, ptrdiff_t r, int lines, int rows, int format);
-
-QZ_INLINE void float_decode_lines(const qz_matmul_job *job, multiply_lines *multiply, int format) {
-    for (ptrdiff_t m = 0; m < job->m; m += QZ_SHARING) {
-        qz_matmul_job some = *job;
-        float *y = job->y + m * QZ_FLOAT_OUTPUTS;
-        ptrdiff_t r = 0;
-        some.x += m * job->x_stride;
-        if (job->m - m == 1) {
-            for (; r + QZ_LINES <= job->rows; r += QZ_LINES) multiply(y, &some, r, QZ_LINES, 1, format);
-        }
-        for (; r < job->rows; r++) {
-            switch (job->m - m) {
-            case 1: multiply(y, &some, r, 1, 1, format); break;
-            case 2: multiply(y, &some, r, 1, 2, format); break;
-            case 3: multiply(y, &some, r, 1, 3, format); break;
-            default: multiply(y, &some, r, 1, 4, format);
-            }
-        }
+/* Defines `name`, which shares rows of weights and of x out to `multiply`. format: bits, or what else `multiply` is
+ * told. By name: compilers leave calls through a pointer as calls, constant though it be. */
+#define QZ_DEFINE_FLOAT_DECODE(name, multiply)                                                               \
+    QZ_INLINE void name(const qz_matmul_job *job, int format) {                                              \
+        for (ptrdiff_t m = 0; m < job->m; m += QZ_SHARING) {                                                 \
+            qz_matmul_job some = *job;                                                                       \
+            float *y = job->y + m * QZ_FLOAT_OUTPUTS;                                                        \
+            ptrdiff_t r = 0;                                                                                 \
+            some.x += m * job->x_stride;                                                                     \
+            if (job->m - m == 1) {                                                                           \
+                for (; r + QZ_LINES <= job->rows; r += QZ_LINES) multiply(y, &some, r, QZ_LINES, 1, format); \
+            }                                                                                                \
+            for (; r < job->rows; r++) {                                                                     \
+                switch (job->m - m) {                                                                        \
+                case 1: multiply(y, &some, r, 1, 1, format); break;                                          \
+                case 2: multiply(y, &some, r, 1, 2, format); break;                                          \
+                case 3: multiply(y, &some, r, 1, 3, format); break;                                          \
+                default: multiply(y, &some, r, 1, 4, format);                                                \
+                }                                                                                            \
+            }                                                                                                \
+        }                                                                                                    \
     }
-}
-
-QZ_INLINE void float_decode_t(const qz_matmul_job *job, int bits) {
-    float_decode_lines(job, multiply_float_rows, bits);
-}
+QZ_DEFINE_FLOAT_DECODE(float_decode_t, multiply_float_rows)
 
 /* ---- panels and tiles ---- */
 

@@ -41,18 +41,20 @@ QZ_INLINE void add_run_fp4(v_f32 (*totals)[QZ_SHARING], const v_f32 (*numbers)[Q
                            ptrdiff_t x_stride, const float *const *scales, int lines, int rows, int block) {
     const int vectors = block / QZ_LANES;
     QZ_UNROLL
-    for (int i = 0; i < lines * rows; i++) {
-        const float *values = (const float *)(x + i % rows * x_stride);
-        v_f32 *total = &totals[i / rows][i % rows];
+    for (int r = 0; r < lines; r++) {
         QZ_UNROLL
-        for (int group = 0; group < QZ_FP4_RUN / block; group++) {
-            const v_f32 *some = numbers[i / rows] + group * vectors;
-            v_f32 sum = mul_f32(some[0], load_f32(values + group * block));
+        for (int m = 0; m < rows; m++) {
+            const float *values = (const float *)(x + m * x_stride);
             QZ_UNROLL
-            for (int v = 1; v < vectors; v++) {
-                sum = fma_f32(some[v], load_f32(values + group * block + v * QZ_LANES), sum);
+            for (int group = 0; group < QZ_FP4_RUN / block; group++) {
+                const v_f32 *some = numbers[r] + group * vectors;
+                v_f32 sum = mul_f32(some[0], load_f32(values + group * block));
+                QZ_UNROLL
+                for (int v = 1; v < vectors; v++) {
+                    sum = fma_f32(some[v], load_f32(values + group * block + v * QZ_LANES), sum);
+                }
+                totals[r][m] = fma_f32(sum, set1_f32(scales[r][group]), totals[r][m]);
             }
-            *total = fma_f32(sum, set1_f32(scales[i / rows][group]), *total);
         }
     }
 }
@@ -113,14 +115,13 @@ QZ_INLINE void multiply_float_rows_fp4(float *y, const qz_matmul_job *job, ptrdi
         add_chunk_fp4(totals, &c, some * block, lines, rows, block);
     }
     QZ_UNROLL
-    for (int i = 0; i < lines * rows; i++) {
-        y[i % rows * QZ_FLOAT_OUTPUTS + r + i / rows] = sum_of_lanes(totals[i / rows][i % rows]);
+    for (int i = 0; i < lines; i++) {
+        QZ_UNROLL
+        for (int m = 0; m < rows; m++) y[m * QZ_FLOAT_OUTPUTS + r + i] = sum_of_lanes(totals[i][m]);
     }
 }
 
-QZ_INLINE void float_decode_t_fp4(const qz_matmul_job *job, int block) {
-    float_decode_lines(job, multiply_float_rows_fp4, block);
-}
+QZ_DEFINE_FLOAT_DECODE(float_decode_t_fp4, multiply_float_rows_fp4)
 
 /* ---- panels, weights [N, K] ---- */
 
