@@ -263,11 +263,10 @@ for _ in range(5):
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        call()
+        while True:  # until interrupted, however fast the machine
+            call()
     except KeyboardInterrupt:
         latencies.append(time.perf_counter() - sent)
-    else:
-        print("the call ended before it was interrupted")
     thread.join()
 print(*(f"{1e3 * latency:.1f}" for latency in sorted(latencies)))
 call_small()
@@ -279,7 +278,6 @@ def median_latency(setup, threads):
     script = f"{LONG}\nq.set_num_threads({threads})\n{setup}\n{INTERRUPTED}"
     text = output(script)
     print(f"latencies in ms: {text}")
-    assert "ended before" not in text
     return float(text.split()[2])
 
 
@@ -302,10 +300,10 @@ def call(): q.affine_qmm_t(x, *weights)
 def call_small(): q.affine_qmm_t(x[:1], *weights)
 """,
     "many_small_matrices": """
-batch, weights = 1 << 20, q.affine_quantize(np.ones((8, 64), np.float32))
+batch, weights = 1 << 22, q.affine_quantize(np.ones((8, 64), np.float32))
 weights = [np.lib.stride_tricks.as_strided(np.zeros(a.size + batch, a.dtype), (batch, *a.shape), (4, *a.strides))
            for a in weights]  # matrices that overlap
-x = np.ones((batch, 1, 64), np.float32)
+x = np.lib.stride_tricks.as_strided(np.ones(64, np.float32), (batch, 1, 64), (0, 0, 4))
 def call(): q.affine_qmm_t(x, *weights)
 def call_small(): q.affine_qmm_t(x[:1], *weights)
 """,
@@ -327,15 +325,13 @@ def call_small(): q.affine_gather_qmm(x, *experts, nought, chosen[:1])
 w = np.lib.stride_tricks.as_strided(np.ones(1 << 12, np.float32), (1 << 17, 1 << 12), (0, 4))
 out = [np.lib.stride_tricks.as_strided(np.zeros((1 << 17) * 512 + 512, t), (1 << 17, n), (4 * n, 4))
        for t, n in ((np.uint32, 512), (np.float32, 64), (np.float32, 64))]
-def call():
-    for _ in range(20): q.affine_quantize(w, out=tuple(out))
+def call(): q.affine_quantize(w, out=tuple(out))
 def call_small(): q.affine_quantize(w[:1])
 """,
     "quantize_kv": """
 x = np.lib.stride_tricks.as_strided(np.ones(1 << 12, np.float32), (1 << 18, 1 << 10), (0, 4))
 out = np.zeros((1 << 18, 1 << 9), np.uint8), np.zeros((1 << 18, 1), np.float16)
-def call():
-    for _ in range(20): q.quantize_kv(x, out=out)
+def call(): q.quantize_kv(x, out=out)
 def call_small(): q.quantize_kv(x[:1])
 """,
     "kv_attention": """
@@ -346,8 +342,7 @@ def call_small(): q.kv_attention(x[:, :1], cache, cache)
 """,
     "fake_quantize": """
 x = np.zeros(1 << 26, np.float32)
-def call():
-    for _ in range(200): q.quantize(x, out=x)
+def call(): q.quantize(x, out=x)
 def call_small(): q.quantize(x[:1])
 """,
 }
