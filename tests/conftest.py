@@ -47,6 +47,29 @@ def rng(request):
     return np.random.default_rng(list(request.node.name.encode()))
 
 
+def assert_same_bytes(ours, expected):
+    """Assert equality of shapes, dtypes and all bits, of NaN too."""
+    assert ours.shape == expected.shape
+    assert ours.dtype == expected.dtype
+    unsigned = f"u{expected.itemsize}"
+    a, b = (np.ascontiguousarray(array).view(unsigned) for array in (ours, expected))
+    different = np.argwhere(a != b)
+    if len(different):
+        index = tuple(different[0])
+        pytest.fail(f"{len(different)} of {a.size} differ, first at {index}: {a[index]:#x}, expected {b[index]:#x}")
+
+
+def assert_threads_change_nothing(results):
+    """Assert that each result of `results()` is the same on any number of threads, and return it."""
+    with q.threads(1):
+        alone = results()[0]
+    for threads in (3,) if SMALL else (2, 3, 8):
+        with q.threads(threads):
+            for y in results():
+                assert_same_bytes(y, alone)
+    return alone
+
+
 class Guarded:
     """Arrays between guard bytes, which `check` finds changed if a kernel wrote outside."""
 

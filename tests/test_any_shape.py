@@ -7,8 +7,8 @@ from numpy.lib.stride_tricks import as_strided
 import layouts
 import quantization as q
 import reference as ref
-from conftest import FORMATS, SMALL
-from test_matmul import KINDS, LAYOUTS, Page, Product, assert_same_bytes, random_weights
+from conftest import FORMATS, SMALL, Page, assert_same_bytes
+from test_matmul import KINDS, LAYOUTS, Product, random_weights
 from test_matmul_fp import make
 from test_quantize import PROFILES, assert_floats, assert_quantized, declared, dequantized, quantized
 

@@ -8,9 +8,9 @@ from numpy.lib.stride_tricks import as_strided
 
 import quantization as q
 import reference as ref
-from conftest import FORMATS, SMALL
+from conftest import FORMATS, SMALL, assert_same_bytes, assert_threads_change_nothing
 from quantization import _C
-from test_matmul import assert_same_bytes, random_weights
+from test_matmul import random_weights
 
 F32 = np.float32
 ONE_BY_ONE = {True: q.affine_qmm_t, False: q.affine_qmm_n}
@@ -118,13 +118,9 @@ def test_threads_change_nothing(isa, transpose, accumulate, rng):
     for count, n, rows in shapes:
         experts = Experts(rng, count, n, 1024 if transpose else 600, transpose=transpose)
         x, rhs = experts.x(rows, 1), indices(rng, 0, count, rows)
-        with q.threads(1):
-            alone = experts.gather(x, None, rhs, accumulate=accumulate)
+        y = assert_threads_change_nothing(lambda e=experts, x=x, r=rhs: [e.gather(x, None, r, accumulate=accumulate)])
         if accumulate == "exact":
-            assert_same_bytes(alone, experts.one_by_one(x, None, rhs))
-        for threads in (3,) if SMALL else (2, 3, 8):
-            with q.threads(threads):
-                assert_same_bytes(experts.gather(x, None, rhs, accumulate=accumulate), alone)
+            assert_same_bytes(y, experts.one_by_one(x, None, rhs))
 
 
 @pytest.mark.parametrize("transpose", [True, False])

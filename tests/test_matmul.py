@@ -13,7 +13,7 @@ import pytest
 import quantization as q
 import reference as ref
 from campaigns import long_rows, same_bits, same_bits_grid
-from conftest import AVAILABLE, FORMATS, ISAS, SMALL, Page
+from conftest import AVAILABLE, FORMATS, ISAS, SMALL, Page, assert_same_bytes, assert_threads_change_nothing
 
 F32 = np.float32
 NAN, INF = F32(np.nan), F32(np.inf)
@@ -83,17 +83,6 @@ class Product:
     def check(self):
         for y in self.results():
             assert_same_bytes(y, self.expected)
-
-
-def assert_same_bytes(ours, expected):
-    assert ours.shape == expected.shape
-    assert ours.dtype == expected.dtype
-    unsigned = f"u{expected.itemsize}"
-    a, b = (np.ascontiguousarray(array).view(unsigned) for array in (ours, expected))
-    different = np.argwhere(a != b)
-    if len(different):
-        index = tuple(different[0])
-        pytest.fail(f"{len(different)} of {a.size} differ, first at {index}: {a[index]:#x}, expected {b[index]:#x}")
 
 
 def random_weights(rng, rows, columns, group_size, bits, symmetric=True):
@@ -228,13 +217,8 @@ def test_threads_change_nothing(isa, layout, mode, bits, group_size, rng):
     rows, columns = (outputs, inputs) if layout == "t" else (inputs, outputs)
     weights = random_weights(rng, rows, columns, group_size, bits)
     product = Product(layout, rng.standard_normal((24, inputs)), *weights, group_size, bits)
-    with q.threads(1):
-        alone = product.results()[0]
-    assert_same_bytes(product.results(x=product.x[20:21])[0], alone[20:21])
-    for threads in (3,) if SMALL else (2, 3, 8):
-        with q.threads(threads):
-            for y in product.results():
-                assert_same_bytes(y, alone)
+    y = assert_threads_change_nothing(product.results)
+    assert_same_bytes(product.results(x=product.x[20:21])[0], y[20:21])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,16 +4,16 @@ What the binding does (types, batches, messages) is that of the exact class, and
 kernels and loops of this class. The oracle is the product in float64.
 """
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
-import quantization as q
 import reference as ref
 import test_matmul as exact
-from conftest import FORMATS, SMALL
-from test_matmul import INF, LAYOUTS, NAN, Product, assert_same_bytes, small_product, views_of
+from conftest import FORMATS, SMALL, assert_same_bytes, assert_threads_change_nothing
+from test_matmul import INF, LAYOUTS, NAN, Product, small_product, views_of
 
 KINDS = ("float32", "float16", "bfloat16")
 
@@ -110,13 +110,8 @@ def test_threads_change_nothing(isa, layout, mode, bits, group_size, rng):
     weights = exact.random_weights(rng, rows, columns, group_size, bits)
     for m in (1, 18, 24):  # 18: tiles of 3 and of 4 rows on one thread, of 3 on two, where a tile has at most 4
         product = Product(layout, rng.standard_normal((m, inputs)), *weights, group_size, bits)
-        with q.threads(1):
-            alone = results(product)[0]
-        assert check(product, alone).all()
-        for threads in (3,) if SMALL else (2, 3, 8):
-            with q.threads(threads):
-                for y in results(product):
-                    assert_same_bytes(y, alone)
+        y = assert_threads_change_nothing(functools.partial(results, product))
+        assert check(product, y).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 import quantization as q
 import reference as ref
 import reference_fp as fp
-from conftest import SMALL
-from test_matmul_fp import FUNCTIONS, Product, assert_same_bytes, both_layouts, families, make, random_weights
+from conftest import SMALL, assert_same_bytes, assert_threads_change_nothing
+from test_matmul_fp import FUNCTIONS, Product, both_layouts, families, make, random_weights
 
 F32 = np.float32
 FLOAT_MODES = ["mxfp4", "nvfp4"]
@@ -174,13 +174,8 @@ def test_threads_change_nothing(isa, mode, transpose, rng):
     n, k = (67, 1040) if transpose else (272, 600)
     for m in (1, 7, 18, 24):  # 18: tiles of 3 and of 4 rows on one thread, of 3 on two, where a tile has at most 4
         product = make(mode, transpose, rng, m, n, k)
-        with q.threads(1):
-            alone = results(product)[0]
-        assert check(product, alone).all()
-        for threads in (3,) if SMALL else (2, 3, 8):
-            with q.threads(threads):
-                for y in results(product):
-                    assert_same_bytes(y, alone)
+        y = assert_threads_change_nothing(functools.partial(results, product))
+        assert check(product, y).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

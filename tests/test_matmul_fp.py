@@ -9,8 +9,7 @@ import layouts
 import quantization as q
 import reference as ref
 import reference_fp as fp
-from conftest import SMALL
-from test_matmul import Page
+from conftest import SMALL, Page, assert_same_bytes
 
 F32 = np.float32
 MODES = [row["mode"] for row in q._C.formats() if row["family"] == "fp"]
@@ -71,15 +70,6 @@ class Product:
     def check(self):
         for y in self.results():
             assert_same_bytes(y, self.expected)
-
-
-def assert_same_bytes(ours, expected):
-    assert ours.shape == expected.shape and ours.dtype == expected.dtype
-    a, b = (np.ascontiguousarray(array).view(f"u{expected.itemsize}") for array in (ours, expected))
-    different = np.argwhere(a != b)
-    if len(different):
-        index = tuple(different[0])
-        pytest.fail(f"{len(different)} of {a.size} differ, first at {index}: {a[index]:#x}, expected {b[index]:#x}")
 
 
 def random_weights(mode, rng, rows, columns, spread=6):

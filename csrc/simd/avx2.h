@@ -235,16 +235,6 @@ QZ_INLINE void join_narrow(v_i32 *v, int done) {
     if (done == 8) v[0] = add_halves(v[0], v[4]);
 }
 
-QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
-    v_i32 sums[QZ_LANES];
-    QZ_UNROLL
-    for (int i = 0; i < lanes; i++) {
-        sums[i] = v[i];
-        join_sums(sums, i + 1, lanes);
-    }
-    return sums[0];
-}
-
 QZ_INLINE void transpose_f32(v_f32 *rows) {
     __m256 t[8], u[8];
     QZ_UNROLL

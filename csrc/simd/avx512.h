@@ -144,15 +144,6 @@ QZ_INLINE void join_sums(v_i32 *v, int done, int lanes) {
         v[0] = _mm512_permutexvar_epi32(of_2, _mm512_add_epi32(even, odd));
     }
 }
-QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
-    v_i32 sums[QZ_LANES];
-    QZ_UNROLL
-    for (int i = 0; i < lanes; i++) {
-        sums[i] = v[i];
-        join_sums(sums, i + 1, lanes);
-    }
-    return sums[0];
-}
 
 #define QZ_LOOSE_PLACE(i) (i)
 static inline v_f32 loosen_f32(v_f32 v) { return v; }

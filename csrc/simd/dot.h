@@ -67,10 +67,20 @@ static inline int exceeds_7e(v_i32 most);
  * QZ_LANES blocks, in order, modulo 2^32. lanes is a power of two up to QZ_LANES. */
 QZ_INLINE v_i32 sum_blocks(const v_i32 *sums, int lanes);
 
-/* sum_blocks in steps, one after each sums[done - 1]; after the last, the result is sums[0]. A header may
- * join sums as they come, and defines QZ_JOINS_EARLY. */
+/* sum_blocks in steps, one after each sums[done - 1]; after the last, the result is sums[0]. A header writes one of the
+ * two: sum_blocks, or, if it joins sums as they come, join_sums, and defines QZ_JOINS_EARLY. */
 QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes);
-#ifndef QZ_JOINS_EARLY
+#ifdef QZ_JOINS_EARLY
+QZ_INLINE v_i32 sum_blocks(const v_i32 *v, int lanes) {
+    v_i32 sums[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < lanes; i++) {
+        sums[i] = v[i];
+        join_sums(sums, i + 1, lanes);
+    }
+    return sums[0];
+}
+#else
 QZ_INLINE void join_sums(v_i32 *sums, int done, int lanes) {
     if (done == lanes) sums[0] = sum_blocks(sums, lanes);
 }
