@@ -226,6 +226,8 @@ static int take_buffers(buffers *b, chunk *c, ptrdiff_t rows, qz_arena *arena) {
     c->in_place = c->in_place && qz_last(&a->x) == c->k;
     c->staged = a->transpose ? (c->kernel->prepared_size(c->k) + 63) / 64 * 64 : 0;
     c->x_stride = c->staged + (c->in_place ? 0 : (k * sizeof(float) + 63) / 64 * 64);
+    /* An odd number of lines: rows at a multiple of a power of two would share few places of the caches. */
+    if (c->x_stride) c->x_stride = (c->x_stride / 64 | 1) * 64;
     b->max_rows = a->transpose ? MAX_ROWS_T : MAX_ROWS_N;
     if (c->x_stride && (size_t)b->max_rows > prepared_bytes / c->x_stride) {
         b->max_rows = (ptrdiff_t)(prepared_bytes / c->x_stride);

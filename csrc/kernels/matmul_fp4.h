@@ -368,57 +368,148 @@ QZ_INLINE void load_panel_nvfp4(panel_t *panel, const qz_matmul_job *job, ptrdif
     }
 }
 
-/* Chain `chain` of the panel, whose first block is `first`, for QZ_TILE_M rows of x. */
-QZ_INLINE void sum_chain_of_tile_nvfp4(v_f32 (*sums)[QZ_TILE_VECTORS], const panel_t *panel, const planes *x,
-                                       const int8_t *const *strips, ptrdiff_t first, ptrdiff_t end, ptrdiff_t blocks,
-                                       int chain, int block, int digits) {
-    const int bytes = strip_bytes(QZ_FP4, digits);
-    QZ_UNROLL
-    for (int r = 0; r < QZ_TILE_M; r++) {
-        QZ_UNROLL
-        for (int v = 0; v < QZ_TILE_VECTORS; v++) sums[r][v] = set1_f32(0.0f);
+/* What the next panels are made of, to be fetched while others are multiplied: their first block in the first row, and
+ * the bytes from one link's codes to those of the next. */
+typedef struct source_nvfp4 {
+    const uint8_t *w;
+    const char *scales;
+    ptrdiff_t w_stride, scale_stride, link;
+} source_nvfp4;
+
+/* Of the panels after those that begin with block `at`; after the last ones, of the rows that follow those of the job.
+ */
+QZ_INLINE source_nvfp4 next_nvfp4(const qz_matmul_job *job, ptrdiff_t at, int block) {
+    const qz_scales *from = &job->scales;
+    ptrdiff_t row = 0;
+    at += QZ_CHAINS_NVFP4(block);
+    if (at % QZ_NVFP4_PANEL >= QZ_NVFP4_CHAINS) at += QZ_NVFP4_PANEL - QZ_NVFP4_CHAINS;
+    if (at * block >= job->columns) {
+        at = 0;
+        row = job->rows;
     }
-    for (int link = 0; link < QZ_LINKS_NVFP4; link++) {
-        const ptrdiff_t at = first + chain + link * QZ_NVFP4_CHAINS;
-        const int b = link * QZ_CHAINS_NVFP4(block) + chain;
-        tile_sums low, high;
-        if (at >= end) break;
-        const ptrdiff_t place = strip_place(at, blocks, QZ_FP4, block);
-        sum_tile(low, high, codes_of_block(panel, b, block), strips, place * block * bytes, QZ_TILE_M, QZ_FP4, block,
-                 digits, 0);
+    return (source_nvfp4){job->w + row * job->w_row_stride + at * (block / 2),
+                          from->scales + row * from->scale_row_stride + at * from->scale_group_stride,
+                          job->w_row_stride, from->scale_row_stride, QZ_NVFP4_CHAINS * (block / 2)};
+}
+
+QZ_INLINE void prefetch_rows_nvfp4(const source_nvfp4 *from, ptrdiff_t first, ptrdiff_t count) {
+    for (ptrdiff_t r = first; r < first + count; r++) {
+        prefetch(from->scales + r * from->scale_stride);
+        for (int link = 0; link < QZ_LINKS_NVFP4; link++) prefetch(from->w + r * from->w_stride + link * from->link);
+    }
+}
+
+/* Some chains of a panel against neighbouring rows of x. Panels stand side by side, for all outputs of a job, and some
+ * chains of all of them are multiplied before others, so that the x of a tile comes from the first level of the caches
+ * for all panels but one. */
+enum { QZ_PANELS_NVFP4 = QZ_PREFILL_ROWS / QZ_TILE_OUTPUTS, QZ_TURNS_NVFP4 = 2 };
+enum { QZ_TURN_NVFP4 = QZ_CHAINS_NVFP4(16) / QZ_TURNS_NVFP4 };
+typedef struct chains_nvfp4 {
+    float *y;
+    ptrdiff_t y_stride;
+    const panel_t *panel;
+    const char *x; /* as prepared; the chunk_numbers of a row are `numbers` bytes from its beginning */
+    ptrdiff_t x_stride, numbers;
+    ptrdiff_t place, chain_step, link_step; /* of the first block in a strip, and from there to others */
+    ptrdiff_t first, end;                   /* blocks */
+    int chain, chains;                      /* the first of them in the panel, and how many */
+    ptrdiff_t rows;                         /* that count; the last stands in for those beyond */
+    int fetches_x;                          /* of the tile that comes after this one */
+    ptrdiff_t fetched;                      /* from this row on, some weights are fetched; none: -1 */
+    source_nvfp4 next;
+} chains_nvfp4;
+
+/* The numbers of a block, by bytes from the row. */
+QZ_INLINE ptrdiff_t numbers_nvfp4(const chains_nvfp4 *t, ptrdiff_t place) {
+    const ptrdiff_t chunk = (ptrdiff_t)((size_t)place / QZ_LANES * sizeof(chunk_numbers));
+    return t->numbers + chunk + lane_of(place) * (ptrdiff_t)sizeof(float);
+}
+
+/* Strips are too far apart, and what is read of each is too short, for processors to foresee. */
+QZ_INLINE void prefetch_chain_nvfp4(const chains_nvfp4 *t, int chain, ptrdiff_t place, int rows, int block,
+                                    int digits) {
+    const ptrdiff_t bytes = block * strip_bytes(QZ_FP4, digits), numbers = numbers_nvfp4(t, place);
+    if (t->fetched >= 0) {
+        enum { SOME = QZ_PREFILL_ROWS / (QZ_PANELS_NVFP4 * QZ_TURNS_NVFP4 * QZ_TURN_NVFP4) };
+        prefetch_rows_nvfp4(&t->next, t->fetched + chain * SOME, SOME);
+    }
+    for (int r = 0; r < rows && t->fetches_x; r++) {
+        const char *from = t->x + (rows + r) * t->x_stride;
+        for (ptrdiff_t at = 0; at < QZ_LINKS_NVFP4 * bytes; at += 64) __builtin_prefetch(from + place * bytes + at);
+        if (chain > 0) continue;
+        __builtin_prefetch(from + numbers);
+        __builtin_prefetch(from + numbers + offsetof(chunk_numbers, offset));
+    }
+}
+
+/* Adds a link to the chains of `rows` rows of x, or begins them: block b of the panel, which strips hold at `place`. */
+QZ_INLINE void add_link_of_tile(v_f32 (*sums)[QZ_TILE_VECTORS], const chains_nvfp4 *t, const int8_t *const *strips,
+                                ptrdiff_t place, ptrdiff_t b, int is_first, int rows, int block, int digits) {
+    const ptrdiff_t numbers = numbers_nvfp4(t, place);
+    tile_sums dots, high;
+    v_f32 scales[QZ_TILE_VECTORS];
+    sum_tile(dots, high, codes_of_block(t->panel, (int)b, block), strips, place * block * strip_bytes(QZ_FP4, digits),
+             rows, QZ_FP4, block, digits, 0);
+    QZ_UNROLL
+    for (int v = 0; v < QZ_TILE_VECTORS; v++) scales[v] = load_f32(t->panel->scales[b] + v * QZ_LANES);
+    QZ_UNROLL
+    for (int r = 0; r < rows; r++) {
+        const char *at = (const char *)strips[r] + numbers;
+        const v_i32 offset = set1_i32(*(const int32_t *)(at + offsetof(chunk_numbers, offset)));
+        const v_f32 unit = set1_f32(*(const float *)(at + offsetof(chunk_numbers, scale)));
         QZ_UNROLL
-        for (int r = 0; r < QZ_TILE_M; r++) {
-            const chunk_numbers *numbers = numbers_at(&x[r], place);
-            const v_i32 offset = set1_i32(numbers->offset[lane_of(place)]);
-            const v_f32 unit = set1_f32(numbers->scale[lane_of(place)]);
+        for (int v = 0; v < QZ_TILE_VECTORS; v++) {
+            const v_f32 chain = is_first ? set1_f32(0.0f) : sums[r][v];
+            sums[r][v] = chain_nvfp4(chain, dots[r][v], offset, scales[v], unit);
+        }
+    }
+}
+
+QZ_INLINE void multiply_chains(const chains_nvfp4 *t, int rows, int block, int digits) {
+    const int8_t *strips[QZ_TILE_M];
+    QZ_UNROLL
+    for (int r = 0; r < rows; r++) strips[r] = (const int8_t *)t->x + (r < t->rows ? r : t->rows - 1) * t->x_stride;
+    for (int chain = 0; chain < t->chains; chain++) {
+        v_f32 sums[QZ_TILE_M][QZ_TILE_VECTORS];
+        ptrdiff_t place = t->place + chain * t->chain_step, b = t->chain + chain;
+        prefetch_chain_nvfp4(t, chain, place, rows, block, digits);
+        add_link_of_tile(sums, t, strips, place, b, 1, rows, block, digits);
+        for (ptrdiff_t at = t->first + chain + QZ_NVFP4_CHAINS; at < t->end; at += QZ_NVFP4_CHAINS) {
+            place += t->link_step;
+            b += QZ_CHAINS_NVFP4(block);
+            add_link_of_tile(sums, t, strips, place, b, 0, rows, block, digits);
+        }
+        QZ_UNROLL
+        for (int r = 0; r < rows; r++) {
+            float *to = t->y + r * t->y_stride;
+            if (r >= t->rows) break;
             QZ_UNROLL
             for (int v = 0; v < QZ_TILE_VECTORS; v++) {
-                sums[r][v] =
-                    chain_nvfp4(sums[r][v], low[r][v], offset, load_f32(panel->scales[b] + v * QZ_LANES), unit);
+                store_f32(to + v * QZ_LANES, add_f32(load_f32(to + v * QZ_LANES), sums[r][v]));
             }
         }
     }
 }
 
-/* The chains of a panel against QZ_TILE_M rows of x, of which `rows` count; the last stands in for the others. */
-QZ_INLINE void multiply_panel_nvfp4(float *y, const qz_matmul_job *job, const panel_t *panel, ptrdiff_t m,
-                                    ptrdiff_t first, ptrdiff_t end, int block, int digits) {
-    const ptrdiff_t rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
-    planes x[QZ_TILE_M];
-    const int8_t *strips[QZ_TILE_M];
-    for (ptrdiff_t r = 0; r < QZ_TILE_M; r++) {
-        const char *prepared = job->x + (m + (r < rows ? r : rows - 1)) * job->x_stride;
-        x[r] = planes_at(prepared, job->columns, block, strip_bytes(QZ_FP4, digits));
-        strips[r] = x[r].digits;
-    }
-    for (int chain = 0; chain < QZ_CHAINS_NVFP4(block) && first + chain < end; chain++) {
-        v_f32 sums[QZ_TILE_M][QZ_TILE_VECTORS];
-        sum_chain_of_tile_nvfp4(sums, panel, x, strips, first, end, job->columns / block, chain, block, digits);
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            QZ_UNROLL
-            for (int v = 0; v < QZ_TILE_VECTORS; v++) {
-                float *to = y + r * job->y_stride + v * QZ_LANES;
-                store_f32(to, add_f32(load_f32(to), sums[r][v]));
+/* The same chains of all panels against all rows of x. The last rows have a tile of half the height if that is enough.
+ */
+QZ_INLINE void multiply_panels_nvfp4(chains_nvfp4 *t, const qz_matmul_job *job, const panel_t *panels, int block,
+                                     int digits) {
+    enum { HALF = QZ_TILE_M / 2 };
+    const int is_later = t->chain > 0;
+    for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
+        t->x = job->x + m * job->x_stride;
+        t->rows = job->m - m < QZ_TILE_M ? job->m - m : QZ_TILE_M;
+        for (int p = 0; p * QZ_TILE_OUTPUTS < job->rows; p++) {
+            const int share = is_later * QZ_PANELS_NVFP4 + p;
+            t->y = job->y + m * job->y_stride + p * QZ_TILE_OUTPUTS;
+            t->panel = panels + p;
+            t->fetched = m == 0 ? share * (QZ_PREFILL_ROWS / (QZ_PANELS_NVFP4 * QZ_TURNS_NVFP4)) : -1;
+            t->fetches_x = (p + 1) * QZ_TILE_OUTPUTS >= job->rows;
+            if (t->rows <= HALF) {
+                multiply_chains(t, HALF, block, digits);
+            } else {
+                multiply_chains(t, QZ_TILE_M, block, digits);
             }
         }
     }
@@ -426,17 +517,25 @@ QZ_INLINE void multiply_panel_nvfp4(float *y, const qz_matmul_job *job, const pa
 
 QZ_INLINE void prefill_nvfp4(const qz_matmul_job *job, int block, int digits) {
     const ptrdiff_t blocks = job->columns / block;
-    panel_t panel;
+    panel_t panels[QZ_PANELS_NVFP4];
+    chains_nvfp4 t = {.y_stride = job->y_stride, .x_stride = job->x_stride};
+    t.numbers = padded_blocks(job->columns, block) * block * strip_bytes(QZ_FP4, digits);
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
     for (ptrdiff_t begin = 0; begin < blocks; begin += QZ_NVFP4_PANEL) {
-        const ptrdiff_t end = blocks - begin < QZ_NVFP4_PANEL ? blocks : begin + QZ_NVFP4_PANEL;
-        for (ptrdiff_t i = 0; i < QZ_NVFP4_CHAINS && begin + i < end; i += QZ_CHAINS_NVFP4(block)) {
-            for (ptrdiff_t column = 0; column < job->rows; column += QZ_TILE_OUTPUTS) {
-                load_panel_nvfp4(&panel, job, column, begin + i, end, block, digits);
-                for (ptrdiff_t m = 0; m < job->m; m += QZ_TILE_M) {
-                    multiply_panel_nvfp4(job->y + m * job->y_stride + column, job, &panel, m, begin + i, end, block,
-                                         digits);
-                }
+        const int is_whole = blocks - begin >= QZ_NVFP4_PANEL;
+        t.end = is_whole ? begin + QZ_NVFP4_PANEL : blocks;
+        t.chain_step = is_whole ? QZ_LINKS_NVFP4 : 1;
+        t.link_step = is_whole ? 1 : QZ_NVFP4_CHAINS;
+        for (ptrdiff_t i = 0; i < QZ_NVFP4_CHAINS && begin + i < t.end; i += QZ_CHAINS_NVFP4(block)) {
+            t.next = next_nvfp4(job, begin + i, block);
+            for (ptrdiff_t p = 0; p * QZ_TILE_OUTPUTS < job->rows; p++) {
+                load_panel_nvfp4(panels + p, job, p * QZ_TILE_OUTPUTS, begin + i, t.end, block, digits);
+            }
+            for (t.chain = 0; t.chain < QZ_CHAINS_NVFP4(block); t.chain += QZ_TURN_NVFP4) {
+                t.first = begin + i + t.chain;
+                t.place = begin + (i + t.chain) * t.chain_step;
+                t.chains = t.end - t.first < QZ_TURN_NVFP4 ? (int)(t.end - t.first) : QZ_TURN_NVFP4;
+                multiply_panels_nvfp4(&t, job, panels, block, digits);
             }
         }
     }
