@@ -257,14 +257,32 @@ QZ_INLINE void sum_chain_of_tile(v_f32 (*sums)[2], panel_fp8 panel, const float 
     }
 }
 
+/* What panels are made of, to be fetched while others are multiplied: some rows of codes, `bytes` of each. */
+typedef struct weights_fp8 {
+    const uint8_t *codes;
+    const char *scales;
+    ptrdiff_t stride, scale_stride, rows, bytes;
+} weights_fp8;
+
+/* The share of a chain. */
+QZ_INLINE void prefetch_weights_fp8(const weights_fp8 *from, ptrdiff_t chain) {
+    const ptrdiff_t share = (from->rows + QZ_FP8_CHAINS - 2) / (QZ_FP8_CHAINS - 1);
+    for (ptrdiff_t r = (chain - 1) * share; r < chain * share && r < from->rows; r++) {
+        prefetch(from->scales + r * from->scale_stride);
+        for (ptrdiff_t i = 0; i < from->bytes; i += 64) prefetch(from->codes + r * from->stride + i);
+    }
+}
+
 /* Adds to y the products of `rows` rows of x and a panel; the first `some` of them count. Asks for the x of the tile
  * that comes after this one, from `next` on. */
 QZ_INLINE void multiply_tile_fp8(float *y, ptrdiff_t pitch, panel_fp8 panel, const float (*x)[QZ_FP8_PANEL],
-                                 const char *next, ptrdiff_t x_stride, ptrdiff_t count, ptrdiff_t some, int rows) {
+                                 const char *next, ptrdiff_t x_stride, ptrdiff_t count, ptrdiff_t some,
+                                 const weights_fp8 *weights, int rows) {
     v_f32 totals[QZ_FLOAT_ROWS][2], sums[QZ_FLOAT_ROWS][2];
     sum_chain_of_tile(totals, panel, x, 0, count, rows);
     for (ptrdiff_t chain = 1; chain < QZ_FP8_CHAINS; chain++) {
         for (ptrdiff_t m = 0; m < some; m++) prefetch(next + m * x_stride + (chain - 1) * 64);
+        if (weights->rows) prefetch_weights_fp8(weights, chain);
         sum_chain_of_tile(sums, panel, x, chain, count, rows);
         QZ_UNROLL
         for (int m = 0; m < rows; m++) {
@@ -279,41 +297,107 @@ QZ_INLINE void multiply_tile_fp8(float *y, ptrdiff_t pitch, panel_fp8 panel, con
     }
 }
 
-/* All rows of x against panels of outputs from `output` on and k from `first` on. The last rows have a tile of half the
- * height if that is enough, or of one; the last of them stands in for those that it lacks. A tile's x is copied, and
- * asked for while the one before is multiplied: rows of x may be some power of two apart, where processors neither
- * fetch ahead nor find room in the cache for all of them. Not inline: see multiply_panel. */
+/* Held, since compilers would make of the loop what takes longer to begin. */
+QZ_INLINE void copy_floats(float *to, const float *from, ptrdiff_t count) {
+    ptrdiff_t i = 0;
+    for (; i + QZ_LANES <= count; i += QZ_LANES) {
+        v_f32 v = load_f32(from + i);
+        QZ_HOLD(v);
+        store_f32(to + i, v);
+    }
+    for (; i < count; i++) to[i] = from[i];
+}
+
+/* All rows of x against panels of outputs from `output` on and k from `first` on. Tiles are as alike as can be, for
+ * which there are some heights; the last row stands in for those that a tile lacks. A tile's x is copied, and asked for
+ * while the one before is multiplied: rows of x may be some power of two apart, where processors neither fetch ahead
+ * nor find room in the cache for all of them. Not inline: see multiply_panel. */
 static __attribute__((noinline)) void QZ_NAME(multiply_panels_fp8)(const qz_matmul_job *job, panel_fp8 *panels,
                                                                    ptrdiff_t output, ptrdiff_t outputs, ptrdiff_t first,
-                                                                   ptrdiff_t count) {
-    enum { HALF = QZ_FLOAT_ROWS / 2 };
+                                                                   ptrdiff_t count, weights_fp8 weights) {
+    enum { MOST = QZ_FLOAT_ROWS, HALF = MOST / 2 };
     const ptrdiff_t size = (ptrdiff_t)sizeof(float), stride = job->x_stride;
-    _Alignas(64) float x[QZ_FLOAT_ROWS][QZ_FP8_PANEL];
-    for (ptrdiff_t m = 0; m < job->m; m += QZ_FLOAT_ROWS) {
-        const ptrdiff_t left = job->m - m, some = left < QZ_FLOAT_ROWS ? left : QZ_FLOAT_ROWS;
-        const ptrdiff_t rows = some == 1 ? 1 : some <= HALF ? HALF : QZ_FLOAT_ROWS;
+    _Alignas(64) float x[MOST][QZ_FP8_PANEL];
+    for (ptrdiff_t m = 0, some; m < job->m; m += some) {
+        const ptrdiff_t left = job->m - m, tiles = (left + MOST - 1) / MOST;
+        some = (left + tiles - 1) / tiles;
+        const ptrdiff_t rows = some == 1 ? 1 : some <= HALF ? HALF : some < MOST ? MOST - 1 : MOST;
         const char *next = job->x + first * size + (m + some) * stride;
         if (some == left) next = job->x + (first + count) * size;
         for (ptrdiff_t r = 0; r < rows; r++) {
-            memcpy(x[r], job->x + (m + (r < some ? r : some - 1)) * stride + first * size, (size_t)(count * size));
+            copy_floats(x[r], (const float *)(job->x + (m + (r < some ? r : some - 1)) * stride) + first, count);
         }
         for (ptrdiff_t n = 0; n < outputs; n += QZ_ACROSS) {
             float *y = job->y + m * job->y_stride + output + n;
             panel_fp8 *panel = panels + n / QZ_ACROSS;
             if (some == 1) {
-                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, 1, 1);
+                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, 1, &weights, 1);
             } else if (some <= HALF) {
-                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, some, HALF);
+                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, some, &weights, HALF);
+            } else if (some < MOST) {
+                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, some, &weights, MOST - 1);
             } else {
-                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, some, QZ_FLOAT_ROWS);
+                multiply_tile_fp8(y, job->y_stride, *panel, x, next, stride, count, some, &weights, MOST);
             }
+            weights.rows = 0;
         }
     }
 }
 
+#ifdef QZ_E4M3_OF_LANES
+/* As many k of QZ_LANES rows as a vector has bytes; `scales` are theirs, group by group. */
+QZ_INLINE v_i32 decode_columns_fp8(panel_fp8 panel, int lane, const uint8_t *const w[QZ_LANES], ptrdiff_t k,
+                                   const float (*scales)[QZ_LANES], v_i32 odd) {
+    v_f32 lines[QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i++) lines[i] = f32_of_bits((v_i32)load_u8(w[i] + k));
+    transpose_f32(lines);
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i++) {
+        v_f32 v[4];
+        odd = or_i32(odd, f32_of_lanes_e4m3(v, (v_u8)bits_of_f32(lines[i])));
+        const v_f32 scale = load_f32(scales[(k + 4 * i) / QZ_FP8_GROUP]);
+        QZ_UNROLL
+        for (int j = 0; j < 4; j++) store_f32(panel[k + 4 * i + j] + lane, mul_f32(v[j], scale));
+    }
+    return odd;
+}
+
+/* decode_lanes_fp8 of whole vectors. Returns 0 where weights are odd. */
+QZ_INLINE int decode_whole_lanes_fp8(panel_fp8 panel, int lane, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
+                                     ptrdiff_t count) {
+    enum { GROUPS = QZ_FP8_PANEL / QZ_FP8_GROUP };
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t group = first / QZ_FP8_GROUP * from->scale_group_stride;
+    const uint8_t *w[QZ_LANES];
+    _Alignas(64) float scales[GROUPS][QZ_LANES];
+    v_i32 odd = set1_i32(0);
+    for (ptrdiff_t i = 0; i < QZ_LANES; i++) {
+        const ptrdiff_t row = r + i < job->rows ? r + i : job->rows - 1;
+        const char *stored = from->scales + row * from->scale_row_stride + group;
+        w[i] = job->w + row * job->w_row_stride + first;
+        for (ptrdiff_t g = 0; g < count / QZ_FP8_GROUP; g++) {
+            scales[g][i] = load_one(stored + g * from->scale_group_stride, QZ_E8M0);
+        }
+    }
+    for (ptrdiff_t g = 0; g < count / QZ_FP8_GROUP; g++) {
+        const v_f32 greater = mul_f32(load_f32(scales[g]), set1_f32(256.0f));
+        odd = or_i32(odd, greater_i32(bits_of_f32(greater), set1_i32(0x7f7fffff)));
+        store_f32(scales[g], greater);
+    }
+    for (ptrdiff_t k = 0; k < count; k += QZ_VECTOR_BYTES) {
+        odd = decode_columns_fp8(panel, lane, w, k, (const float (*)[QZ_LANES])scales, odd);
+    }
+    return !any_i32(odd);
+}
+#endif
+
 /* QZ_LANES rows of weights from row r on become lanes of a panel; the last of the job stands in for those beyond. */
 QZ_INLINE void decode_lanes_fp8(panel_fp8 panel, int lane, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t first,
                                 ptrdiff_t count) {
+#ifdef QZ_E4M3_OF_LANES
+    if (count % QZ_VECTOR_BYTES == 0 && decode_whole_lanes_fp8(panel, lane, job, r, first, count)) return;
+#endif
     float w[QZ_LANES][QZ_FP8_PANEL];
     for (ptrdiff_t i = 0; i < QZ_LANES; i++) {
         decode_row_fp8(w[i], job, r + i < job->rows ? r + i : job->rows - 1, first, count);
@@ -328,6 +412,19 @@ QZ_INLINE void decode_lanes_fp8(panel_fp8 panel, int lane, const qz_matmul_job *
     }
 }
 
+/* From k on, or, where that is the end, of the rows that follow those of the job. */
+QZ_INLINE weights_fp8 next_weights_fp8(const qz_matmul_job *job, ptrdiff_t k) {
+    const qz_scales *from = &job->scales;
+    const ptrdiff_t row = k < job->columns ? 0 : job->rows;
+    if (row) k = 0;
+    return (weights_fp8){job->w + row * job->w_row_stride + k,
+                         from->scales + row * from->scale_row_stride + k / QZ_FP8_GROUP * from->scale_group_stride,
+                         job->w_row_stride,
+                         from->scale_row_stride,
+                         job->rows,
+                         QZ_FP8_PANEL};
+}
+
 static void QZ_NAME(prefill_t_fp8)(const qz_matmul_job *job) {
     _Alignas(64) panel_fp8 panels[QZ_PREFILL_ROWS / QZ_ACROSS];
     memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
@@ -337,7 +434,7 @@ static void QZ_NAME(prefill_t_fp8)(const qz_matmul_job *job) {
             decode_lanes_fp8(panels[r / QZ_ACROSS], 0, job, r, first, count);
             decode_lanes_fp8(panels[r / QZ_ACROSS], QZ_LANES, job, r + QZ_LANES, first, count);
         }
-        QZ_NAME(multiply_panels_fp8)(job, panels, 0, job->rows, first, count);
+        QZ_NAME(multiply_panels_fp8)(job, panels, 0, job->rows, first, count, next_weights_fp8(job, first + count));
     }
     make_nan_canonical(job->y, job->m * job->y_stride);
 }
@@ -381,7 +478,7 @@ static void QZ_NAME(matmul_n_fp8)(const qz_matmul_job *job) {
         for (ptrdiff_t column = 0; column < job->columns; column += QZ_FP8_OUTPUTS) {
             const ptrdiff_t rest = job->columns - column, outputs = rest < QZ_FP8_OUTPUTS ? rest : QZ_FP8_OUTPUTS;
             decode_panels_fp8(panels, job, column, outputs, first, count);
-            QZ_NAME(multiply_panels_fp8)(job, panels, column, outputs, first, count);
+            QZ_NAME(multiply_panels_fp8)(job, panels, column, outputs, first, count, (weights_fp8){0});
         }
     }
     make_nan_canonical(job->y, job->m * job->y_stride);

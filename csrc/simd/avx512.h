@@ -381,9 +381,8 @@ static inline v_i32 f32_from_e4m3(v_f32 to[2], const uint8_t *codes) {
 static const uint8_t e4m3_low[128] = QZ_E4M3_128(QZ_E4M3_LOW), e4m3_high[128] = QZ_E4M3_128(QZ_E4M3_HIGH);
 
 #define QZ_E4M3_TOGETHER 64
-QZ_INLINE v_i32 f32_from_e4m3_together(v_f32 to[4], const uint8_t *codes) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i at = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes)), none = _mm512_setzero_si512();
+QZ_INLINE void f32_of_spread_e4m3(v_f32 to[4], __m512i at) {
+    const __m512i none = _mm512_setzero_si512();
     const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(e4m3_low), at, _mm512_loadu_si512(e4m3_low + 64));
     __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(e4m3_high), at, _mm512_loadu_si512(e4m3_high + 64));
     high = _mm512_ternarylogic_epi32(at, _mm512_set1_epi8((char)0x80), high, 0xea); /* at & 0x80 | high */
@@ -392,7 +391,19 @@ QZ_INLINE v_i32 f32_from_e4m3_together(v_f32 to[4], const uint8_t *codes) {
     to[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, a));
     to[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, b));
     to[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, b));
-    return none;
+}
+QZ_INLINE v_i32 f32_from_e4m3_together(v_f32 to[4], const uint8_t *codes) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    f32_of_spread_e4m3(to, _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes)));
+    return _mm512_setzero_si512();
+}
+
+/* Vector j gets byte j of each lane. */
+#define QZ_E4M3_OF_LANES
+QZ_INLINE v_i32 f32_of_lanes_e4m3(v_f32 to[4], v_u8 codes) {
+    const __m128i turned = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    f32_of_spread_e4m3(to, _mm512_shuffle_epi8(codes, _mm512_broadcast_i32x4(turned)));
+    return _mm512_setzero_si512();
 }
 
 static inline v_i32 f32_from_scales_e4m3(v_f32 to[1], const uint8_t *codes, v_i32 most) {
