@@ -20,6 +20,9 @@ _Static_assert(CHUNK % TILE == 0, "tiles do not cross chunks");
 /* Elements of a block's rows that keep a piece of work short enough to look for signals after it. */
 enum { LARGE = 1 << 15 };
 
+/* Chunks that a thread takes at a time, at most, and how often each thread should take some. */
+enum { NEIGHBOURS = 16, TURNS = 16 };
+
 /* Floats of a row of queries or of accumulators: its blocks, each filled up to whole units. */
 static ptrdiff_t pitch_of_block(const qz_kv_side *side) {
     return (side->codec.block + QZ_ATTENTION_UNIT - 1) / QZ_ATTENTION_UNIT * QZ_ATTENTION_UNIT;
@@ -266,11 +269,12 @@ static void attend_chunks(void *context, ptrdiff_t begin, ptrdiff_t end) {
         const ptrdiff_t start = (first_chunk(&b) + chunk) * CHUNK;
         const ptrdiff_t low = b.seen.low > start ? b.seen.low / TILE * TILE : start;
         const ptrdiff_t high = b.seen.high < start + CHUNK ? b.seen.high : start + CHUNK;
-        qz_softmax *softmax = a->softmax + place;
+        qz_softmax softmax[QZ_ATTENTION_ROWS]; /* here, since each tile writes it: a line may hold several chunks' */
         float *sums = a->sums + place * a->v_pitch;
         for (ptrdiff_t i = 0; i < b.count; i++) softmax[i] = (qz_softmax){-INFINITY, 0, 1};
         memset(sums, 0, (size_t)(b.count * a->v_pitch) * sizeof *sums);
         for (ptrdiff_t base = low; base < high; base += TILE) attend_tile(a, &b, base, softmax, sums);
+        memcpy(a->softmax + place, softmax, (size_t)b.count * sizeof *softmax);
     }
 }
 
@@ -363,6 +367,15 @@ static void cut(attention *a) {
     a->span = span;
 }
 
+/* Neighbours, since kernels ask for the codes that follow theirs: a thread that takes others waits for their first
+ * codes. As many as are short enough, and leave no thread much to wait for. */
+static ptrdiff_t chunks_at_a_time(const attention *a, ptrdiff_t chunks, const qz_run *run) {
+    const ptrdiff_t threads = run->threads > 0 ? run->threads : qz_get_num_threads();
+    const ptrdiff_t of_one = chunks / threads / TURNS, some = LARGE / (a->block_rows * (a->q_pitch + a->v_pitch));
+    const ptrdiff_t most = some < NEIGHBOURS ? some : NEIGHBOURS, taken = of_one < most ? of_one : most;
+    return taken > 1 ? taken : 1;
+}
+
 static int take_scratch(attention *a, qz_arena *arena, ptrdiff_t together) {
     const ptrdiff_t rows = together * a->block_rows, partial = rows * a->span;
     a->q = qz_arena_take(arena, bytes_of_floats(rows, a->q_pitch));
@@ -384,7 +397,8 @@ static qz_status attend(attention *a, const qz_run *run) {
     for (a->first = 0; a->first < all && status == QZ_OK; a->first += together) {
         const ptrdiff_t count = all - a->first < together ? all - a->first : together;
         status = qz_parallel(prepare_blocks, a, count, 1, run);
-        if (status == QZ_OK) status = qz_parallel(attend_chunks, a, count * a->span, 1, run);
+        const ptrdiff_t chunks = count * a->span, grain = chunks_at_a_time(a, chunks, run);
+        if (status == QZ_OK) status = qz_parallel(attend_chunks, a, chunks, grain, run);
         if (status == QZ_OK) status = qz_parallel(finish_blocks, a, count, 1, run);
     }
     qz_arena_release(&arena);
