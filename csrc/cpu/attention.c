@@ -32,7 +32,7 @@ static ptrdiff_t pitch_of_row(const qz_kv_side *side) { return blocks_of(side) *
 
 typedef struct tables {
     float centroids[256];
-    uint8_t planes[4 * 64];
+    uint8_t planes[4 * 256];
     int are_bfloat16;
 } tables;
 
@@ -334,10 +334,11 @@ static const float *values_of(const qz_kv_side *side) {
 static void fill_tables(tables *to, const qz_kv_side *side) {
     for (int i = 0; i < 256; i++) to->centroids[i] = values_of(side)[i & ((1 << side->codec.bits) - 1)];
     to->are_bfloat16 = side->codec.bits < 8;
-    for (int i = 0; i < 64; i++) {
+    for (int i = 0; i < (side->codec.stored_bits == 8 ? 256 : 64); i++) { /* of so many codes at most */
         uint32_t bits;
         memcpy(&bits, &to->centroids[i], sizeof bits);
-        for (int byte = 0; byte < 4; byte++) to->planes[64 * byte + i] = (uint8_t)(bits >> 8 * byte);
+        for (int byte = 0; byte < 4; byte++)
+            to->planes[i / 64 * 256 + 64 * byte + i % 64] = (uint8_t)(bits >> 8 * byte);
         to->are_bfloat16 = to->are_bfloat16 && (bits & 0xffff) == 0;
     }
 }

@@ -188,7 +188,8 @@ QZ_INLINE void chains_of_codes(float *chains, const uint8_t *from, const qz_kv_b
 /* Some rows of q, for which codes are decoded as they come. */
 QZ_INLINE void score_rows(const qz_kv_block *k, const qz_kv_rows *q, float *scores, const v_centroids *c, int bits,
                           int is_wide, int rows) {
-    const int together = QZ_SCORE_SUMS / rows < QZ_SCORE_TOGETHER ? QZ_SCORE_SUMS / rows : QZ_SCORE_TOGETHER;
+    const int most = bits == 8 ? 2 : QZ_SCORE_TOGETHER; /* the bytes of 256 centroids take many registers */
+    const int together = QZ_SCORE_SUMS / rows < most ? QZ_SCORE_SUMS / rows : most;
     _Alignas(64) float chains[QZ_DIRECT_ROWS * QZ_LANES * QZ_LANES];
     for (ptrdiff_t first = 0; first < k->positions; first += QZ_LANES) {
         const ptrdiff_t count = k->positions - first < QZ_LANES ? k->positions - first : QZ_LANES;

@@ -602,31 +602,39 @@ QZ_INLINE v_f32 sum_of_each(const float *chains) {
     return _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x44), _mm512_shuffle_ps(twos[0], twos[1], 0xee));
 }
 
-/* Up to 64 values in registers, those that are bfloat16 as words too; more are gathered. */
+/* Up to 64 values, those that are bfloat16 as words too; all 256 by their bytes, 64 to a register. */
 typedef struct v_centroids {
     __m512 of_16[4];
-    __m512i words[2];
-    const float *values;
+    __m512i words[2], planes[4][4];
 } v_centroids;
-QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[256]) {
-    v_centroids c = {.values = values};
-    (void)planes;
+QZ_INLINE v_centroids load_centroids(const float *values, const uint8_t planes[1024]) {
+    v_centroids c;
     QZ_UNROLL
     for (int i = 0; i < 4; i++) c.of_16[i] = _mm512_loadu_ps(values + 16 * i);
     QZ_UNROLL
     for (int i = 0; i < 2; i++)
         c.words[i] = high_u16_of_two(_mm512_castps_si512(c.of_16[2 * i]), _mm512_castps_si512(c.of_16[2 * i + 1]));
+    QZ_UNROLL
+    for (int i = 0; i < 16; i++) c.planes[i % 4][i / 4] = _mm512_loadu_si512(planes + 64 * i);
     return c;
 }
 
 /* Lanes 8 u + 4 h + d take what is left over of the number of an element, 32 h + 16 u + 4 d + step: lanes of 64 bits
  * get the bytes of eight codes, from 8 (4 h + 2 u + d / 2) on, and each step takes one of them into either half. Of 4
- * bits, lanes get the byte of steps 0 and 2 and, in their upper half, that of steps 1 and 3. */
+ * bits, lanes get the byte of steps 0 and 2 and, in their upper half, that of steps 1 and 3. Of 8 bits, each 128 bits
+ * get the four bytes of each step after another: those of steps 0, 2, 1 and 3. */
 #define QZ_EIGHT_CODES(bits, eighth) ((int64_t)((bits) * (eighth)) * 0x0101010101010101 + 0x0706050403020100)
 #define QZ_EIGHT_NIBBLES(eighth) ((int64_t)(eighth) * 0x0404040404040404 + 0x0303020201010000)
+#define QZ_EIGHT_BYTES(lane, odd) ((int64_t)((lane) * 16 + (odd)) * 0x0101010101010101 + 0x0e0a06020c080400)
 typedef __m512i v_codes;
 
 QZ_INLINE v_codes codes_of_64(const uint8_t *packed, int bits) {
+    if (bits == 8) {
+        const __m512i order =
+            _mm512_setr_epi64(QZ_EIGHT_BYTES(0, 0), QZ_EIGHT_BYTES(0, 1), QZ_EIGHT_BYTES(2, 0), QZ_EIGHT_BYTES(2, 1),
+                              QZ_EIGHT_BYTES(1, 0), QZ_EIGHT_BYTES(1, 1), QZ_EIGHT_BYTES(3, 0), QZ_EIGHT_BYTES(3, 1));
+        return _mm512_permutexvar_epi8(order, _mm512_loadu_si512(packed));
+    }
     if (bits == 4) {
         const __m512i order =
             _mm512_setr_epi64(QZ_EIGHT_NIBBLES(0), QZ_EIGHT_NIBBLES(1), QZ_EIGHT_NIBBLES(4), QZ_EIGHT_NIBBLES(5),
@@ -648,18 +656,35 @@ QZ_INLINE __m512i codes_of_steps(v_codes codes, int bits, int half) {
     return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(high << 32 | low), codes);
 }
 
-/* Floats of codes at the bottom of lanes: VPERMPS looks at four bits. */
-QZ_INLINE v_f32 centroids_of_lanes(__m512i codes, const v_centroids *c, int bits) {
-    if (bits == 4) return _mm512_permutexvar_ps(codes, c->of_16[0]);
-    return _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(0xff)), c->values, 4);
+/* VPERMI2B looks at seven bits. The bytes of floats are joined by unpacking. */
+QZ_INLINE void centroids_of_bytes(v_f32 to[2], v_codes codes, const v_centroids *c, int half) {
+    const __mmask64 is_upper = _mm512_movepi8_mask(codes);
+    __m512i bytes[4], words[2];
+    QZ_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m512i *of_128 = c->planes[i];
+        const __m512i lower = _mm512_permutex2var_epi8(of_128[0], codes, of_128[1]);
+        const __m512i upper = _mm512_permutex2var_epi8(of_128[2], codes, of_128[3]);
+        bytes[i] = _mm512_mask_blend_epi8(is_upper, lower, upper);
+    }
+    QZ_UNROLL
+    for (int i = 0; i < 2; i++)
+        words[i] = half ? _mm512_unpackhi_epi8(bytes[2 * i], bytes[2 * i + 1])
+                        : _mm512_unpacklo_epi8(bytes[2 * i], bytes[2 * i + 1]);
+    to[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(words[0], words[1]));
+    to[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(words[0], words[1]));
 }
 
 /* As words, VPERMW looks at five bits, VPERMI2W at six, and of narrower codes the values are repeated. */
 QZ_INLINE void centroids_of_32(v_f32 to[2], v_codes codes, const v_centroids *c, int bits, int is_wide, int half) {
+    if (bits == 8) {
+        centroids_of_bytes(to, codes, c, half);
+        return;
+    }
     const __m512i of_steps = codes_of_steps(codes, bits, half);
-    if (is_wide || bits == 4) { /* for which words would take as many instructions */
-        to[0] = centroids_of_lanes(of_steps, c, bits);
-        to[1] = centroids_of_lanes(_mm512_srli_epi32(of_steps, 16), c, bits);
+    if (is_wide || bits == 4) { /* VPERMPS looks at four bits; words would take as many instructions */
+        to[0] = _mm512_permutexvar_ps(of_steps, c->of_16[0]);
+        to[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(of_steps, 16), c->of_16[0]);
         return;
     }
     const __m512i words = bits < 6 ? _mm512_permutexvar_epi16(of_steps, c->words[0])
