@@ -88,7 +88,7 @@ QZ_INLINE v_codes codes_at(const uint8_t *from, ptrdiff_t j, const qz_kv_block *
 QZ_INLINE void prefetch_ahead(const uint8_t *codes, const qz_kv_block *k, ptrdiff_t count, int bits) {
     const uint8_t *ahead = codes + k->positions * k->stride;
     QZ_UNROLL
-    for (ptrdiff_t at = 0; at < count / 8 * bits; at += 64) prefetch(ahead + at);
+    for (ptrdiff_t at = 0; at < count / 8 * bits; at += 64) __builtin_prefetch(ahead + at);
 }
 
 /* Decodes rows into a panel, each to whole units. */
@@ -185,6 +185,16 @@ QZ_INLINE void chains_of_codes(float *chains, const uint8_t *from, const qz_kv_b
     }
 }
 
+/* A row of q and a vector of positions: the chains stay in registers, of which codes of 4 bits leave enough. */
+QZ_INLINE void score_vector(const uint8_t *from, const qz_kv_block *k, const qz_kv_rows *q, float *scores,
+                            const float *scales, const v_centroids *c, int bits, int is_wide) {
+    _Alignas(64) float chains[QZ_LANES * QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < QZ_LANES; i += QZ_SCORE_TOGETHER)
+        chains_of_codes(chains + i * QZ_LANES, from + i * k->stride, k, q, c, bits, is_wide, 1, QZ_SCORE_TOGETHER);
+    add_scores(scores, scales, chains, QZ_LANES);
+}
+
 /* Some rows of q, for which codes are decoded as they come. */
 QZ_INLINE void score_rows(const qz_kv_block *k, const qz_kv_rows *q, float *scores, const v_centroids *c, int bits,
                           int is_wide, int rows) {
@@ -195,6 +205,10 @@ QZ_INLINE void score_rows(const qz_kv_block *k, const qz_kv_rows *q, float *scor
         const ptrdiff_t count = k->positions - first < QZ_LANES ? k->positions - first : QZ_LANES;
         const uint8_t *from = k->codes + first * k->stride;
         ptrdiff_t i = 0;
+        if (rows == 1 && bits == 4 && QZ_LANES <= 2 * QZ_SCORE_TOGETHER && count == QZ_LANES) {
+            score_vector(from, k, q, scores + first, k->scales + first, c, bits, is_wide);
+            continue;
+        }
         if (count < QZ_LANES) /* all lanes are added up */
             memset(chains, 0, (size_t)(rows * QZ_LANES * QZ_LANES) * sizeof *chains);
         for (; i + together <= count; i += together)
@@ -304,22 +318,25 @@ QZ_INLINE void score_by_panel(const qz_kv_block *k, const qz_kv_rows *rows, floa
     }
 }
 
+/* Calls a kernel of some rows for all of them: eight, four or two at a time, then one. */
+#define QZ_BY_SOME_ROWS(kernel, k, rows, of_tile, c, bits, is_wide)                              \
+    for (ptrdiff_t row = 0, some; row < (rows)->count; row += some) {                            \
+        const ptrdiff_t left = (rows)->count - row;                                              \
+        const qz_kv_rows of = {(rows)->data + row * (rows)->stride, (rows)->stride, left};       \
+        some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;                                \
+        if (some == 8) kernel(k, &of, (of_tile) + row * QZ_ATTENTION_TILE, c, bits, is_wide, 8); \
+        if (some == 4) kernel(k, &of, (of_tile) + row * QZ_ATTENTION_TILE, c, bits, is_wide, 4); \
+        if (some == 2) kernel(k, &of, (of_tile) + row * QZ_ATTENTION_TILE, c, bits, is_wide, 2); \
+        if (some == 1) kernel(k, &of, (of_tile) + row * QZ_ATTENTION_TILE, c, bits, is_wide, 1); \
+    }
+
 QZ_INLINE void score_several(const qz_kv_block *k, const qz_kv_rows *rows, float *scores, int bits, int is_wide) {
     const v_centroids c = load_centroids(k->centroids, k->planes);
     if (QZ_DIRECT_ROWS == 1 || bits == 8) {
         score_by_panel(k, rows, scores, &c, bits, is_wide);
         return;
     }
-    for (ptrdiff_t row = 0, some; row < rows->count; row += some) {
-        const ptrdiff_t left = rows->count - row;
-        const qz_kv_rows q = {rows->data + row * rows->stride, rows->stride, left};
-        float *to = scores + row * QZ_ATTENTION_TILE;
-        some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (some == 8) score_rows(k, &q, to, &c, bits, is_wide, 8);
-        if (some == 4) score_rows(k, &q, to, &c, bits, is_wide, 4);
-        if (some == 2) score_rows(k, &q, to, &c, bits, is_wide, 2);
-        if (some == 1) score_rows(k, &q, to, &c, bits, is_wide, 1);
-    }
+    QZ_BY_SOME_ROWS(score_rows, k, rows, scores, &c, bits, is_wide)
 }
 
 /* ---- values ---- */
@@ -351,7 +368,7 @@ QZ_INLINE void weigh_strip(const qz_kv_block *k, const float *weights, const qz_
     for (int i = 0; i < rows * vectors; i++)
         sums[i / vectors][i % vectors] = load_f32(at + i / vectors * to->stride + i % vectors * QZ_LANES);
     for (ptrdiff_t i = 0; i < k->positions; i++, from += k->stride) {
-        prefetch_ahead(from + j / 8 * bits, k, (half + halves) * UNIT / 2, bits);
+        if (half == 0) prefetch_ahead(from + j / 8 * bits, k, halves * UNIT / 2, bits);
         QZ_UNROLL
         for (int h = 0; h < halves; h++) {
             const v_codes codes = codes_at(from, j + (half + h) / 2 * UNIT, k, bits, is_rest);
@@ -383,7 +400,7 @@ QZ_INLINE void weigh_unit(const qz_kv_block *k, const float *weights, const qz_k
 }
 
 /* Some rows, for which codes are decoded as they come. */
-QZ_INLINE void weigh_rows(const qz_kv_block *k, const float *weights, const qz_kv_rows *to, const v_centroids *c,
+QZ_INLINE void weigh_rows(const qz_kv_block *k, const qz_kv_rows *to, const float *weights, const v_centroids *c,
                           int bits, int is_wide, int rows) {
     const int halves = rows > 2 ? QZ_WEIGH_HALVES * 2 / rows : QZ_WEIGH_HALVES;
     const ptrdiff_t step = halves / 2 * UNIT;
@@ -398,7 +415,7 @@ QZ_INLINE void weigh_one(const qz_kv_block *k, const qz_kv_rows *rows, const flo
     const v_centroids c = load_centroids(k->centroids, k->planes);
     _Alignas(64) float scaled[QZ_ATTENTION_TILE];
     scale_weights(scaled, weights, k->scales);
-    weigh_rows(k, scaled, rows, &c, bits, is_wide, 1);
+    weigh_rows(k, rows, scaled, &c, bits, is_wide, 1);
 }
 
 /* Some rows by some vectors of values, constants once inlined. */
@@ -474,16 +491,7 @@ QZ_INLINE void weigh_several(const qz_kv_block *k, const qz_kv_rows *rows, const
         weigh_by_panel(k, rows, scaled, &c, bits, is_wide);
         return;
     }
-    for (ptrdiff_t row = 0, some; row < rows->count; row += some) {
-        const ptrdiff_t left = rows->count - row;
-        const qz_kv_rows to = {rows->data + row * rows->stride, rows->stride, left};
-        const float *of_rows = scaled + row * QZ_ATTENTION_TILE;
-        some = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (some == 8) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 8);
-        if (some == 4) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 4);
-        if (some == 2) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 2);
-        if (some == 1) weigh_rows(k, of_rows, &to, &c, bits, is_wide, 1);
-    }
+    QZ_BY_SOME_ROWS(weigh_rows, k, rows, scaled, &c, bits, is_wide)
 }
 
 /* ---- a copy for each width ---- */

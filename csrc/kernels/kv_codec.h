@@ -221,6 +221,7 @@ static void encode_one(encoder *e, const qz_kv_codec *codec, const some_blocks *
 /* Blocks of 128, 4 bits each, are transformed two side by side, so that a CPU finds enough to do at a time, beside
  * their sums of squares; all of some_blocks, before the first of them is searched. */
 enum { SIDES = 2, SIDE_VECTORS = 8, SIDE_BLOCK = SIDE_VECTORS * QZ_LANES };
+_Static_assert(QZ_MAX_HEAD_DIM >= QZ_LANES * SIDE_BLOCK, "an encoder's x holds as many blocks as some_blocks");
 
 QZ_INLINE void transform_sides(float *x, float *squares, const some_blocks *blocks, ptrdiff_t first, int sides) {
     v_f32 v[SIDES * SIDE_VECTORS];
