@@ -130,6 +130,65 @@ QZ_INLINE void dot_chunk(v_i32 sums[2], const uint8_t *from, int is_packed, cons
     dot_chunk_ahead(sums, from, is_packed, digits, bits, block, count, NULL);
 }
 
+#ifdef QZ_ROWS_BESIDE
+/* Where a step is of four vectors, two rows share the loads of x, of which a core does fewer a cycle than dots. The
+ * sums of each digit are chains of their own then, short enough for the next steps to be begun meanwhile. */
+QZ_INLINE int are_beside(int bits, int block) { return QZ_UNITS(bits, block) == QZ_MAX_UNITS; }
+
+/* The sums of a step of packed codes of all the rows, in formats that are not wide. */
+QZ_INLINE void dot_step_beside(v_i32 sums[QZ_ROWS_BESIDE], const uint8_t *const from[QZ_ROWS_BESIDE],
+                               const int8_t *digits, int bits, int block, int count) {
+    const int step = QZ_STEP(bits, block), units = QZ_UNITS(bits, block);
+    v_u8 code[QZ_ROWS_BESIDE][QZ_MAX_UNITS];
+    v_i32 sum[QZ_ROWS_BESIDE][QZ_MAX_DIGITS];
+    QZ_UNROLL
+    for (int r = 0; r < QZ_ROWS_BESIDE; r++) {
+        codes_of_step(code[r], from[r], 1, bits, block);
+        QZ_UNROLL
+        for (int d = 0; d < count; d++) sum[r][d] = set1_i32(0);
+    }
+    QZ_UNROLL
+    for (int i = 0; i < units * count; i++) {
+        const int u = i / count, d = count - 1 - i % count;
+        v_u8 x = load_u8(digits + d * step + u * QZ_VECTOR_BYTES);
+        QZ_HOLD(x);
+        QZ_UNROLL
+        for (int r = 0; r < QZ_ROWS_BESIDE; r++) sum[r][d] = dot4(sum[r][d], code[r][u], x, QZ_DOT_BITS(bits));
+    }
+    QZ_UNROLL
+    for (int r = 0; r < QZ_ROWS_BESIDE; r++) {
+        sums[r] = sum[r][count - 1];
+        QZ_UNROLL
+        for (int d = count - 2; d >= 0; d--) sums[r] = add_i32(shl_i32(sums[r], 8), sum[r][d]);
+    }
+}
+
+/* dot_chunk_ahead of the packed codes of all the rows; ahead: the distance of what is fetched meanwhile. */
+QZ_INLINE void dot_chunk_beside(v_i32 sums[QZ_ROWS_BESIDE], const row_t *rows, const int8_t *digits, int bits,
+                                int block, int count, ptrdiff_t ahead) {
+    const int step = QZ_STEP(bits, block), steps = QZ_LANES * block / step, size = step * QZ_STORED_BITS(bits) / 8;
+    v_i32 of_steps[QZ_ROWS_BESIDE][QZ_LANES];
+    QZ_UNROLL
+    for (int i = 0; i < steps; i++) {
+        const uint8_t *from[QZ_ROWS_BESIDE];
+        v_i32 of_rows[QZ_ROWS_BESIDE];
+        QZ_UNROLL
+        for (int r = 0; r < QZ_ROWS_BESIDE; r++) {
+            from[r] = rows[r].w + i * size;
+            prefetch_lines(rows[r].w + ahead, i * size, size);
+        }
+        dot_step_beside(of_rows, from, digits + i * step * count, bits, block, count);
+        QZ_UNROLL
+        for (int r = 0; r < QZ_ROWS_BESIDE; r++) {
+            of_steps[r][i] = of_rows[r];
+            join_sums(of_steps[r], i + 1, steps);
+        }
+    }
+    QZ_UNROLL
+    for (int r = 0; r < QZ_ROWS_BESIDE; r++) sums[r] = of_steps[r][0];
+}
+#endif
+
 /* float(G) from the dots of stored codes and by what they exceed those of centred ones. In wide formats low is of the
  * two low digits and *high of the top one. */
 QZ_INLINE v_f32 float_of_dots(v_i32 low, const v_i32 *high, v_i32 offset, v_i32 offset_high, int wide) {
@@ -172,21 +231,31 @@ QZ_INLINE void unpack_chunk(uint8_t *codes, const uint8_t *packed, int bits, int
     }
 }
 
+/* The scales of a chunk, and b + c s; what is to come is asked for. */
+typedef struct scale_pair {
+    v_f32 scales, centred;
+} scale_pair;
+
+QZ_INLINE scale_pair scales_of_chunk(const row_t *row, const qz_type types[2], const distance *ahead, int bits,
+                                     int per_group) {
+    __builtin_prefetch(row->scales + ahead->scales);
+    __builtin_prefetch(row->biases + ahead->biases);
+    const v_f32 s = load_block_scales(row->scales, types[0], per_group);
+    const v_f32 b = load_block_scales(row->biases, types[1], per_group);
+    return (scale_pair){s, add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s))};
+}
+
 /* The terms of one chunk of a weight row, for all rows of x: a chunk is unpacked once. single: there is one row. */
 QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *job, const row_t *row,
                            const qz_type types[2], const distance *ahead, ptrdiff_t first, int single, int bits,
                            int block, int per_group, int digits) {
     const int wide = is_wide(bits, block, digits);
-    __builtin_prefetch(row->scales + ahead->scales);
-    __builtin_prefetch(row->biases + ahead->biases);
-    const v_f32 s = load_block_scales(row->scales, types[0], per_group);
-    const v_f32 b = load_block_scales(row->biases, types[1], per_group);
-    const v_f32 centred = add_f32(b, mul_f32(set1_f32((float)QZ_CENTRE(bits)), s));
+    const scale_pair of_row = scales_of_chunk(row, types, ahead, bits, per_group);
     v_i32 sums[2];
     if (single) {
         planes x = planes_at(job->x, job->columns, block, digits);
         dot_chunk_ahead(sums, row->w, 1, x.digits + first * block * digits, bits, block, digits, row->w + ahead->w);
-        store_f32(terms, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
+        store_f32(terms, block_terms(sums, numbers_of_chunk(&x, first), of_row.scales, of_row.centred, wide));
         return;
     }
     _Alignas(64) uint8_t codes[QZ_LANES * QZ_MAX_BLOCK];
@@ -195,7 +264,8 @@ QZ_INLINE void chunk_terms(float *terms, ptrdiff_t pitch, const qz_matmul_job *j
     for (ptrdiff_t m = 0; m < job->m; m++) {
         planes x = planes_at(job->x + m * job->x_stride, job->columns, block, digits);
         dot_chunk(sums, codes, 0, x.digits + first * block * digits, bits, block, digits);
-        store_f32(terms + m * pitch, block_terms(sums, numbers_of_chunk(&x, first), s, centred, wide));
+        const v_f32 term = block_terms(sums, numbers_of_chunk(&x, first), of_row.scales, of_row.centred, wide);
+        store_f32(terms + m * pitch, term);
     }
 }
 
@@ -310,11 +380,48 @@ QZ_INLINE void panel_terms(const qz_matmul_job *job, const panel *p, ptrdiff_t b
     }
 }
 
+#ifdef QZ_ROWS_BESIDE
+/* typed_terms of rows side by side. Where they are odd in number, the last one is taken twice: its second terms are
+ * those of a row that is not there. */
+QZ_INLINE void typed_terms_beside(const qz_matmul_job *job, const panel *p, ptrdiff_t end, qz_type type, int bits,
+                                  int block, int per_group, int digits) {
+    const planes x = planes_at(job->x, job->columns, block, digits);
+    const ptrdiff_t size = type == QZ_F32 ? 4 : 2;
+    for (ptrdiff_t r = p->row; r < p->end_row; r += QZ_ROWS_BESIDE) {
+        const distance ahead = distance_ahead(job, p, r, bits, block, per_group);
+        float *const terms = p->terms + (r - p->row) * p->pitch;
+        row_t rows[QZ_ROWS_BESIDE];
+        QZ_UNROLL
+        for (int i = 0; i < QZ_ROWS_BESIDE; i++)
+            rows[i] = row_of(job, r + i < p->end_row ? r + i : r, p->begin, bits, block, per_group);
+        for (ptrdiff_t at = p->begin; at < end; at += QZ_LANES) {
+            v_i32 sums[QZ_ROWS_BESIDE];
+            QZ_ASSUME(at % QZ_LANES == 0);
+            dot_chunk_beside(sums, rows, x.digits + at * block * digits, bits, block, digits, ahead.w);
+            QZ_UNROLL
+            for (int i = 0; i < QZ_ROWS_BESIDE; i++) {
+                const qz_type types[2] = {type, type};
+                const scale_pair pair = scales_of_chunk(rows + i, types, &ahead, bits, per_group);
+                const v_f32 term = block_terms(sums + i, numbers_of_chunk(&x, at), pair.scales, pair.centred, 0);
+                store_f32(terms + i * p->pitch + (at - p->begin), term);
+                move_on(rows + i, size, size, bits, block, per_group);
+            }
+        }
+    }
+}
+#endif
+
 /* Chunks before block `end` whose scales and biases are of one type and read in place, for one row of x. */
 QZ_INLINE void typed_terms(const qz_matmul_job *job, const panel *p, ptrdiff_t end, qz_type type, int bits, int block,
                            int per_group, int digits) {
     const qz_type types[2] = {type, type};
     const ptrdiff_t size = type == QZ_F32 ? 4 : 2;
+#ifdef QZ_ROWS_BESIDE
+    if (are_beside(bits, block)) {
+        typed_terms_beside(job, p, end, type, bits, block, per_group, digits);
+        return;
+    }
+#endif
     for (ptrdiff_t r = p->row; r < p->end_row; r++) {
         const distance ahead = distance_ahead(job, p, r, bits, block, per_group);
         float *const terms = p->terms + (r - p->row) * p->pitch;
