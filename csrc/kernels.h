@@ -113,7 +113,7 @@ typedef struct qz_format_kernels {
     void (*dequantize)(const qz_dequantize_job *);
     /* y = x Wᵀ for few rows of x and for many (cpu/weights.h says which); same bits. Index: digits - 1. */
     qz_matmul_kernel decode_t[QZ_MAX_DIGITS], prefill_t[QZ_MAX_DIGITS];
-    ptrdiff_t min_prefill; /* at most QZ_DECODE_ROWS + 1 */
+    ptrdiff_t min_prefill[QZ_MAX_DIGITS]; /* at most QZ_DECODE_ROWS + 1 */
     void (*matmul_n[QZ_MAX_DIGITS])(const qz_matmul_job *);
     qz_float_kernels plain;
 } qz_format_kernels;

@@ -4,10 +4,9 @@
 
 #include "cpu.h"
 
-/* Whether there are too few rows of x for panels to pay in the exact class. With one digit a row takes so little time
- * that it needs five of them. */
+/* Whether there are too few rows of x for panels to pay in the exact class. */
 static inline int qz_is_few(const qz_format_kernels *kernels, ptrdiff_t rows, int digits) {
-    return rows < kernels->min_prefill || rows < 6 - digits;
+    return rows < kernels->min_prefill[digits - 1];
 }
 
 /* How many pieces of work, each of so many multiplications, a thread should take at a time. */

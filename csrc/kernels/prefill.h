@@ -79,12 +79,38 @@ QZ_INLINE void load_columns_of(float *scales, float *biases, ptrdiff_t pitch, co
     }
 }
 
+#ifdef QZ_TURNS_HALVES
+/* The same for eight groups of 16-bit numbers. */
+QZ_INLINE void load_columns_of_halves(float *to, ptrdiff_t pitch, const char *from, const ptrdiff_t rows[QZ_LANES],
+                                      qz_type type, int each) {
+    _Alignas(64) uint16_t columns[QZ_LANES / 2][QZ_LANES];
+    turn_halves(columns, from, rows);
+    QZ_UNROLL
+    for (int g = 0; g < QZ_LANES / 2; g++) {
+        const v_f32 column = type == QZ_F16 ? f32_from_f16(columns[g]) : f32_from_bf16(columns[g]);
+        for (int i = g * each; i < (g + 1) * each; i++) store_f32(to + i * pitch, column);
+    }
+}
+#endif
+
 /* Not inline: it is the same for all formats. Returns 0 where it does not serve. */
 static __attribute__((noinline)) int QZ_NAME(load_columns)(float *scales, float *biases, ptrdiff_t pitch,
                                                            const qz_scales *from, const rows_of_lanes *rows, int groups,
                                                            int each) {
     const ptrdiff_t stride = from->scale_group_stride;
     if (groups > QZ_LANES / 2 || from->scale_type != from->bias_type || stride != from->bias_group_stride) return 0;
+#ifdef QZ_TURNS_HALVES
+    if (groups == QZ_LANES / 2 && stride == 2 && (from->scale_type == QZ_F16 || from->scale_type == QZ_BF16)) {
+        if (from->scale_type == QZ_F16) {
+            load_columns_of_halves(scales, pitch, from->scales, rows->scales, QZ_F16, each);
+            if (biases) load_columns_of_halves(biases, pitch, from->biases, rows->biases, QZ_F16, each);
+        } else {
+            load_columns_of_halves(scales, pitch, from->scales, rows->scales, QZ_BF16, each);
+            if (biases) load_columns_of_halves(biases, pitch, from->biases, rows->biases, QZ_BF16, each);
+        }
+        return 1;
+    }
+#endif
     if (from->scale_type == QZ_F32 && stride == 4) {
         load_columns_of(scales, biases, pitch, from, rows, QZ_F32, groups, each);
     } else if (from->scale_type == QZ_F16 && stride == 2) {
@@ -102,20 +128,19 @@ static __attribute__((noinline)) int QZ_NAME(load_columns)(float *scales, float 
 }
 #endif
 
-/* The same in any case; for formats without a bias, no biases. */
-QZ_INLINE void load_columns(panel_t *panel, int at, int first, const qz_scales *from, const rows_of_lanes *rows,
-                            int blocks, int per_group, int has_bias) {
+/* The same in any case, to outputs from `first` on; for formats without a bias, no biases. */
+QZ_INLINE void load_columns(float (*scales)[QZ_TILE_OUTPUTS], float (*biases)[QZ_TILE_OUTPUTS], int first,
+                            const qz_scales *from, const rows_of_lanes *rows, int blocks, int per_group, int has_bias) {
 #ifdef QZ_LOADS_SOME
     const int groups = (int)group_of(blocks + per_group - 1, per_group);
-    float *biases = has_bias ? panel->centred[at] + first : NULL;
-    if (QZ_NAME(load_columns)(panel->scales[at] + first, biases, QZ_TILE_OUTPUTS, from, rows, groups, per_group))
-        return;
+    float *some = has_bias ? biases[0] + first : NULL;
+    if (QZ_NAME(load_columns)(scales[0] + first, some, QZ_TILE_OUTPUTS, from, rows, groups, per_group)) return;
 #endif
-    load_columns_of_any(panel->scales + at, first, from->scales, rows->scales, from->scale_group_stride,
-                        from->scale_type, blocks, per_group);
+    load_columns_of_any(scales, first, from->scales, rows->scales, from->scale_group_stride, from->scale_type, blocks,
+                        per_group);
     if (!has_bias) return;
-    load_columns_of_any(panel->centred + at, first, from->biases, rows->biases, from->bias_group_stride,
-                        from->bias_type, blocks, per_group);
+    load_columns_of_any(biases, first, from->biases, rows->biases, from->bias_group_stride, from->bias_type, blocks,
+                        per_group);
 }
 
 /* What becomes columns of a panel: QZ_VECTOR_BYTES codes of each row, of which `count` are there, or where
@@ -182,7 +207,8 @@ QZ_INLINE void load_panel_rows(panel_t *panel, int at, int first_output, const q
         rows.biases[i] = r * from->bias_row_stride + group * from->bias_group_stride;
     }
     load_quads(panel->quads[at * block / 4] + 4 * first_output, rows.w, blocks * block, bits);
-    load_columns(panel, at, first_output, from, &rows, blocks, per_group, QZ_HAS_BIAS(bits));
+    load_columns(panel->scales + at, panel->centred + at, first_output, from, &rows, blocks, per_group,
+                 QZ_HAS_BIAS(bits));
 }
 
 /* Outputs [column, column + QZ_TILE_OUTPUTS) of the job, and `blocks` blocks from `first` on, to block `at` of the
@@ -375,14 +401,14 @@ QZ_INLINE panel_source next_panel(const qz_matmul_job *job, ptrdiff_t column, pt
                           QZ_PANEL_BLOCKS * block_bytes};
 }
 
-QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digits) {
+/* Adds the terms of all blocks from `first` on. */
+QZ_INLINE void add_panels_t(const qz_matmul_job *job, ptrdiff_t first, int bits, int block, int digits) {
     const int per_group = block < QZ_MAX_BLOCK ? 1 : blocks_per_group(job, block);
     panel_t panel;
     const ptrdiff_t blocks = job->columns / block;
     const ptrdiff_t numbers = padded_blocks(job->columns, block) * block * strip_bytes(bits, digits);
     panel_rows t = {NULL, job->y_stride, &panel, NULL, job->x_stride, numbers, 0, 0, 0, block, digits, 0, {0}};
-    memset(job->y, 0, (size_t)(job->m * job->y_stride) * sizeof *job->y);
-    for (t.first = 0; t.first < blocks; t.first += QZ_PANEL_BLOCKS) {
+    for (t.first = first; t.first < blocks; t.first += QZ_PANEL_BLOCKS) {
         t.blocks = blocks - t.first < QZ_PANEL_BLOCKS ? (int)(blocks - t.first) : QZ_PANEL_BLOCKS;
         for (ptrdiff_t column = 0; column < job->rows; column += QZ_TILE_OUTPUTS) {
             load_panel_t(&panel, 0, job, column, t.first, t.blocks, bits, block, per_group, digits);
@@ -396,7 +422,6 @@ QZ_INLINE void prefill_t(const qz_matmul_job *job, int bits, int block, int digi
             }
         }
     }
-    make_nan_canonical(job->y, job->m * job->y_stride);
 }
 
 QZ_INLINE size_t strips_size(ptrdiff_t k, int bits, int block, int digits) {

@@ -101,13 +101,13 @@
 #include "../formats.def"
 #undef QZ_FORMAT
 
-/* Rows of x from which on panels are worth their making; a header whose panels of affine codes cost less says so. */
-enum { QZ_MIN_PREFILL_FP = 8 };
+/* Rows of x from which on panels are worth their making, by digits; a header whose panels of affine codes cost less
+ * says so. */
+#define QZ_MIN_PREFILL_FP {8, 8, 8}
 #ifndef QZ_MIN_PREFILL
-#define QZ_MIN_PREFILL 8
+#define QZ_MIN_PREFILL(bits, block) {8, 8, 8}
 #endif
-_Static_assert(QZ_MIN_PREFILL <= QZ_DECODE_ROWS + 1 && QZ_MIN_PREFILL_FP <= QZ_DECODE_ROWS + 1,
-               "decode_t takes all rows of x below");
+_Static_assert(8 <= QZ_DECODE_ROWS + 1, "decode_t takes all rows of x below");
 
 #define QZ_BY_DIGITS(kernel) {QZ_NAME(kernel##_1), QZ_NAME(kernel##_2), QZ_NAME(kernel##_3)}
 #define QZ_KERNEL(kind, which) \
@@ -119,12 +119,12 @@ _Static_assert(QZ_MIN_PREFILL <= QZ_DECODE_ROWS + 1 && QZ_MIN_PREFILL_FP <= QZ_D
      QZ_NAME(float_prefill_t_##name), QZ_NAME(float_n_##name)}
 #define QZ_QUANTIZE(name) \
     {[QZ_PROFILE_METAL] = QZ_NAME(quantize_metal_##name), [QZ_PROFILE_CPU] = QZ_NAME(quantize_cpu_##name)}
-#define QZ_SLOT_affine(name, slot)                 \
+#define QZ_SLOT_affine(name, slot, bits, block)    \
     {QZ_QUANTIZE(name),                            \
      QZ_NAME(dequantize_##name),                   \
      QZ_KERNELS_BY_DIGITS(decode, name##_##slot),  \
      QZ_KERNELS_BY_DIGITS(prefill, name##_##slot), \
-     QZ_MIN_PREFILL,                               \
+     QZ_MIN_PREFILL(bits, block),                  \
      QZ_BY_DIGITS(matmul_n_##name),                \
      QZ_FLOAT_KERNELS(name)}
 /* The fp family has one group size. fp8_e4m3 has no kernels of the float class: where those are asked for, the binding
@@ -146,9 +146,12 @@ _Static_assert(QZ_MIN_PREFILL <= QZ_DECODE_ROWS + 1 && QZ_MIN_PREFILL_FP <= QZ_D
      QZ_THRICE(QZ_KERNEL_FP8(prefill_t, name)), \
      QZ_MIN_PREFILL_FP,                         \
      QZ_THRICE(QZ_NAME(matmul_n_##name))}
-#define QZ_SLOTS_affine(name, element) {QZ_SLOT_affine(name, 0), QZ_SLOT_affine(name, 1), QZ_SLOT_affine(name, 2)},
-#define QZ_SLOTS_fp(name, element) {QZ_SLOT_##element(name)},
-#define QZ_FORMAT(name, family, mode, element, bits, first, second, third, scale, bias) QZ_SLOTS_##family(name, element)
+#define QZ_SLOTS_affine(name, element, bits, first, second, third)                                              \
+    {QZ_SLOT_affine(name, 0, bits, QZ_SLOT_BLOCK(first)), QZ_SLOT_affine(name, 1, bits, QZ_SLOT_BLOCK(second)), \
+     QZ_SLOT_affine(name, 2, bits, QZ_SLOT_BLOCK(third))},
+#define QZ_SLOTS_fp(name, element, ...) {QZ_SLOT_##element(name)},
+#define QZ_FORMAT(name, family, mode, element, bits, first, second, third, scale, bias) \
+    QZ_SLOTS_##family(name, element, bits, first, second, third)
 static const qz_format_kernels QZ_NAME(format_kernels)[QZ_FORMATS][QZ_GROUP_SLOTS] = {
 #include "../formats.def"
 };

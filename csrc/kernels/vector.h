@@ -13,6 +13,7 @@
 #include "matmul.h"
 #include "tile.h"
 #include "prefill.h"
+#include "lines.h"
 #include "matmul_fp4.h"
 #include "matmul_n.h"
 #include "matmul_float.h"

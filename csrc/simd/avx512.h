@@ -223,6 +223,34 @@ static inline v_u8 load_some_u8(const uint8_t *from, ptrdiff_t count) {
     return count >= 64 ? load_u8(from) : _mm512_maskz_loadu_epi8(((uint64_t)1 << count) - 1, from);
 }
 
+/* The 16 bytes at `at` of four rows, one after the other. */
+static inline __m512i load_four(const char *const rows[4], ptrdiff_t at) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[0] + at)));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128((const __m128i *)(rows[1] + at)));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128((const __m128i *)(rows[2] + at)));
+    return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i *)(rows[3] + at)));
+}
+#define QZ_TURNS_HALVES
+/* Eight 16-bit numbers of each of 16 rows become columns. */
+QZ_INLINE void turn_halves(uint16_t to[8][16], const char *from, const ptrdiff_t rows[16]) {
+    const __m512i apart = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    __m512i a[4], low[2], high[2];
+    QZ_UNROLL
+    for (int j = 0; j < 4; j++) {
+        const char *const four[4] = {from + rows[j], from + rows[4 + j], from + rows[8 + j], from + rows[12 + j]};
+        a[j] = load_four(four, 0);
+    }
+    QZ_UNROLL
+    for (int j = 0; j < 2; j++) {
+        low[j] = _mm512_unpacklo_epi16(a[2 * j], a[2 * j + 1]);
+        high[j] = _mm512_unpackhi_epi16(a[2 * j], a[2 * j + 1]);
+    }
+    _mm512_storeu_si512(to[0], _mm512_permutexvar_epi64(apart, _mm512_unpacklo_epi32(low[0], low[1])));
+    _mm512_storeu_si512(to[2], _mm512_permutexvar_epi64(apart, _mm512_unpackhi_epi32(low[0], low[1])));
+    _mm512_storeu_si512(to[4], _mm512_permutexvar_epi64(apart, _mm512_unpacklo_epi32(high[0], high[1])));
+    _mm512_storeu_si512(to[6], _mm512_permutexvar_epi64(apart, _mm512_unpackhi_epi32(high[0], high[1])));
+}
+
 /* The lower halves of both. */
 static inline v_f32 join_lower_f32(v_f32 a, v_f32 b) { return _mm512_shuffle_f32x4(a, b, 0x44); }
 
@@ -321,7 +349,11 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
 #define QZ_TILE_M 8
 #define QZ_TILE_VECTORS 2
 #define QZ_TILES_FOR_ALL
-#define QZ_MIN_PREFILL 4
+/* The codes that kernels/lines.h takes line by line, and up to how many rows of x. */
+#define QZ_LINE_BITS 4
+#define QZ_LINE_ROWS 8
+/* Lines pay at once. Panels need four rows of x, or five with one digit, which takes so little time. */
+#define QZ_MIN_PREFILL(bits, block) {5, QZ_HAS_LINES(bits, block) ? 2 : 4, QZ_HAS_LINES(bits, block) ? 2 : 4}
 
 /* The float class of matmul. */
 

@@ -107,6 +107,8 @@ static inline v_f32 double_lanes(v_f32 v);
  * QZ_E4M3_TOGETHER     f32_from_e4m3_together, of so many codes at a time
  * QZ_TILES_FOR_ALL     one function for each height of a tile serves all formats
  * QZ_ROWS_BESIDE       rows of FP4 weights, and of codes whose steps are long, that share loads of x
+ * QZ_TURNS_HALVES      turn_halves, which transposes 16-bit scales
+ * QZ_LINE_BITS         the bits of codes that kernels/lines.h serves, up to QZ_LINE_ROWS rows of x
  * QZ_MIN_PREFILL       rows of x from which on panels pay (kernels/table.h)
  * QZ_PREFETCH          bytes by which weights are asked for ahead */
 
