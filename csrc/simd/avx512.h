@@ -351,7 +351,7 @@ static inline void unpack_bits(uint8_t *codes, const uint8_t *packed, int bits, 
 #define QZ_TILES_FOR_ALL
 /* The codes that kernels/lines.h takes line by line, and up to how many rows of x. */
 #define QZ_LINE_BITS 4
-#define QZ_LINE_ROWS 8
+#define QZ_LINE_ROWS 10
 /* Lines pay at once. Panels need four rows of x, or five with one digit, which takes so little time. */
 #define QZ_MIN_PREFILL(bits, block) {5, QZ_HAS_LINES(bits, block) ? 2 : 4, QZ_HAS_LINES(bits, block) ? 2 : 4}
 
