@@ -26,6 +26,7 @@ LOOPS = {
     **{f"matmul_t_{mode}": (f"decode_multiply_{mode}_0_3", "vpdpbusd") for mode in ("mxfp4", "nvfp4")},
     "matmul_t_mxfp8": ("decode_t_fp8", "vfmadd"),
     **{f"quantize_{mode}": (f"quantize_metal_{mode}", "zmm") for mode in ("mxfp4", "mxfp8", "nvfp4")},
+    **{f"lines_4_digits_{digits}": (f"first_tile_{digits}_4", "vpdpbusd") for digits in (2, 3)},
     "prefill_tile": ("tile_narrow_8", "vpdpbusd"),
     "matmul_n_4_digits_3": ("matmul_n_affine_4_3", "vpdpbusd"),
     "quantize_4": ("quantize_metal_affine_4", "zmm"),
@@ -42,7 +43,7 @@ LOOPS = {
         for name in ("score", "weigh")
         for row, function, word in (
             ("4_m_1", "one_4_0", "vpermps"),
-            ("8_m_1", "one_8_1", "vgatherdps"),
+            ("8_m_1", "one_8_1", "vpmovb2m"),
             ("4_m_8", "several_4_0", "vfmadd231ps"),
         )
     },
