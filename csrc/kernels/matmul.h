@@ -521,11 +521,12 @@ QZ_INLINE void store_block_sums(int32_t (*dots)[2][QZ_TILE_ROWS], int which, ptr
     for (int i = 0; i < QZ_LANES; i++) dots[i % blocks][which][r + i / blocks] = each[i];
 }
 
-/* The last blocks of the rows, from `first` on, fewer than fill a chunk. */
+/* The last blocks of the rows, from `first` on, fewer than fill a chunk: all blocks of short rows. Those of the tile
+ * that follows are asked for, since steps of many rows are too far apart for processors to foresee. */
 QZ_INLINE void add_last_blocks(float *y, const qz_matmul_job *job, const planes *x, ptrdiff_t first, int bits,
                                int block, int per_group, int digits) {
     const int step = QZ_STEP(bits, block), rows = QZ_LANES * block / step, blocks = step / block;
-    const int wide = is_wide(bits, block, digits);
+    const int wide = is_wide(bits, block, digits), block_bytes = block * QZ_STORED_BITS(bits) / 8;
     for (ptrdiff_t at = first; at < job->columns / block; at += blocks) {
         int32_t dots[QZ_LANES][2][QZ_TILE_ROWS];
         if (job->rows <= QZ_TILE_ROWS - rows) memset(dots, 0, (size_t)blocks * sizeof *dots);
@@ -534,6 +535,8 @@ QZ_INLINE void add_last_blocks(float *y, const qz_matmul_job *job, const planes 
             for (int j = 0; j < rows; j++) {
                 _Alignas(64) uint8_t copy[QZ_MAX_UNITS * QZ_VECTOR_BYTES];
                 const uint8_t *from = step_of_row(copy, job, r + j, at, bits, block);
+                prefetch_lines(job->w + (r + j + QZ_TILE_ROWS) * job->w_row_stride + at * block_bytes, 0,
+                               blocks * block_bytes);
                 dot_steps(&low[j], &high[j], from, 1, x->digits + at * block * digits, 1, bits, block, digits);
             }
             store_block_sums(dots, 0, r, sum_blocks(low, rows), blocks);
