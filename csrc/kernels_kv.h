@@ -84,7 +84,7 @@ typedef struct qz_kv_block {
     int bits, in_bytes;     /* packed by `bits`, or a byte each, whose upper bits mean nothing */
     int is_bfloat16;        /* centroids are, of at most 6 bits */
     const float *centroids; /* 256, repeated from 2^bits on */
-    const uint8_t *planes;  /* by their bytes: all lowest ones of 64, ... all highest ones; in_bytes, so all 256 */
+    const uint8_t *planes;  /* byte b of centroid i at i / 64 * 256 + 64 b + i % 64; in_bytes 256, else 64 */
     const float *scales;    /* one a position, readable to the end of a tile */
 } qz_kv_block;
 

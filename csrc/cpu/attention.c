@@ -369,10 +369,12 @@ static void cut(attention *a) {
 }
 
 /* Neighbours, since kernels ask for the codes that follow theirs: a thread that takes others waits for their first
- * codes. As many as are short enough, and leave no thread much to wait for. */
+ * codes. As many as are short enough, to look codes up taking as long as FEW rows do, and leave no thread much to wait
+ * for. */
 static ptrdiff_t chunks_at_a_time(const attention *a, ptrdiff_t chunks, const qz_run *run) {
     const ptrdiff_t threads = run->threads > 0 ? run->threads : qz_get_num_threads();
-    const ptrdiff_t of_one = chunks / threads / TURNS, some = LARGE / (a->block_rows * (a->q_pitch + a->v_pitch));
+    const ptrdiff_t rows = a->block_rows > FEW ? a->block_rows : FEW;
+    const ptrdiff_t of_one = chunks / threads / TURNS, some = LARGE / (rows * (a->q_pitch + a->v_pitch));
     const ptrdiff_t most = some < NEIGHBOURS ? some : NEIGHBOURS, taken = of_one < most ? of_one : most;
     return taken > 1 ? taken : 1;
 }

@@ -4,7 +4,7 @@
 
 #include "cpu.h"
 
-/* Whether there are too few rows of x for panels to pay in the exact class. */
+/* Whether there are too few rows of x for panels, or lines, to pay in the exact class. */
 static inline int qz_is_few(const qz_format_kernels *kernels, ptrdiff_t rows, int digits) {
     return rows < kernels->min_prefill[digits - 1];
 }

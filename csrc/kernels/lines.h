@@ -1,7 +1,8 @@
 /* y = x Wᵀ for few rows of x where a header names codes that are taken line by line (simd/dot.h): QZ_VECTOR_BYTES of
  * each weight row are transposed while those before are multiplied, which processors do at once where both are short,
  * and panels are too long for that. A block is multiplied with all digits of x in one pass, each with sums of its own,
- * so that codes are unpacked as they are read. Strips, integers and float operations are those of prefill.h. */
+ * so that codes are unpacked as they are read. Strips, integers and float operations are those of prefill.h. At the end
+ * stands prefill_t, which chooses. */
 
 #ifdef QZ_LINE_BITS
 

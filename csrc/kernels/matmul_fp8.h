@@ -308,10 +308,26 @@ QZ_INLINE void copy_floats(float *to, const float *from, ptrdiff_t count) {
     for (; i < count; i++) to[i] = from[i];
 }
 
-/* All rows of x against panels of outputs from `output` on and k from `first` on. Tiles are as alike as can be, for
- * which there are some heights; the last row stands in for those that a tile lacks. A tile's x is copied, and asked for
- * while the one before is multiplied: rows of x may be some power of two apart, where processors neither fetch ahead
- * nor find room in the cache for all of them. Not inline: see multiply_panel. */
+/* The height of a tile for `some` rows: there are some heights. */
+QZ_INLINE ptrdiff_t height_fp8(ptrdiff_t some) {
+    enum { MOST = QZ_FLOAT_ROWS, HALF = MOST / 2 };
+    return some == 1 ? 1 : some <= HALF ? HALF : some < MOST ? MOST - 1 : MOST;
+}
+
+/* How many of the rows left the next tile takes: as many as go in, or, where that computes fewer rows that do not
+ * count, a like share of them. */
+QZ_INLINE ptrdiff_t next_rows_fp8(ptrdiff_t left) {
+    enum { MOST = QZ_FLOAT_ROWS };
+    const ptrdiff_t tiles = (left + MOST - 1) / MOST, alike = (left + tiles - 1) / tiles;
+    const ptrdiff_t last = left - (tiles - 1) * MOST;
+    if (tiles == 1) return left;
+    return tiles * height_fp8(alike) < (tiles - 1) * MOST + height_fp8(last) ? alike : MOST;
+}
+
+/* All rows of x against panels of outputs from `output` on and k from `first` on. The last row of a tile stands in
+ * for those that it lacks. A tile's x is copied, and asked for while the one before is multiplied: rows of x may be
+ * some power of two apart, where processors neither fetch ahead nor find room in the cache for all of them. Not inline:
+ * see multiply_panel. */
 static __attribute__((noinline)) void QZ_NAME(multiply_panels_fp8)(const qz_matmul_job *job, panel_fp8 *panels,
                                                                    ptrdiff_t output, ptrdiff_t outputs, ptrdiff_t first,
                                                                    ptrdiff_t count, weights_fp8 weights) {
@@ -319,9 +335,9 @@ static __attribute__((noinline)) void QZ_NAME(multiply_panels_fp8)(const qz_matm
     const ptrdiff_t size = (ptrdiff_t)sizeof(float), stride = job->x_stride;
     _Alignas(64) float x[MOST][QZ_FP8_PANEL];
     for (ptrdiff_t m = 0, some; m < job->m; m += some) {
-        const ptrdiff_t left = job->m - m, tiles = (left + MOST - 1) / MOST;
-        some = (left + tiles - 1) / tiles;
-        const ptrdiff_t rows = some == 1 ? 1 : some <= HALF ? HALF : some < MOST ? MOST - 1 : MOST;
+        const ptrdiff_t left = job->m - m;
+        some = next_rows_fp8(left);
+        const ptrdiff_t rows = height_fp8(some);
         const char *next = job->x + first * size + (m + some) * stride;
         if (some == left) next = job->x + (first + count) * size;
         for (ptrdiff_t r = 0; r < rows; r++) {

@@ -2,7 +2,8 @@
  * k at a time, then multiplied with every row of x. Same integers and same float operations in the same order as in
  * matmul.h. */
 
-/* Blocks of k in a panel, which stays in the first level of the caches while the rows of x pass by. */
+/* Blocks of k in a panel, which stays in the first level of the caches while the rows of x pass by; where nvfp4's take
+ * turns, in the second. */
 enum { QZ_PANEL_BLOCKS = 8, QZ_PANEL_K = QZ_PANEL_BLOCKS * QZ_MAX_BLOCK, QZ_PANEL_GROUPS = QZ_PANEL_K / 16 };
 
 typedef struct panel_t {

@@ -223,12 +223,12 @@ static inline v_u8 load_some_u8(const uint8_t *from, ptrdiff_t count) {
     return count >= 64 ? load_u8(from) : _mm512_maskz_loadu_epi8(((uint64_t)1 << count) - 1, from);
 }
 
-/* The 16 bytes at `at` of four rows, one after the other. */
-static inline __m512i load_four(const char *const rows[4], ptrdiff_t at) {
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[0] + at)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128((const __m128i *)(rows[1] + at)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128((const __m128i *)(rows[2] + at)));
-    return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i *)(rows[3] + at)));
+/* 16 bytes of each of four rows, one after the other. */
+static inline __m512i load_four(const char *const rows[4]) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)rows[0]));
+    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128((const __m128i *)rows[1]));
+    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128((const __m128i *)rows[2]));
+    return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i *)rows[3]));
 }
 #define QZ_TURNS_HALVES
 /* Eight 16-bit numbers of each of 16 rows become columns. */
@@ -238,7 +238,7 @@ QZ_INLINE void turn_halves(uint16_t to[8][16], const char *from, const ptrdiff_t
     QZ_UNROLL
     for (int j = 0; j < 4; j++) {
         const char *const four[4] = {from + rows[j], from + rows[4 + j], from + rows[8 + j], from + rows[12 + j]};
-        a[j] = load_four(four, 0);
+        a[j] = load_four(four);
     }
     QZ_UNROLL
     for (int j = 0; j < 2; j++) {

@@ -105,11 +105,12 @@ static inline v_f32 double_lanes(v_f32 v);
  * QZ_PANEL_FOLD        panels transposed before they are unpacked; needs QZ_LOADS_SOME, folded_codes and fold_lanes
  * QZ_LOOKS_UP_FOLDED   look_up_folded, which takes nibbles without a mask
  * QZ_E4M3_TOGETHER     f32_from_e4m3_together, of so many codes at a time
+ * QZ_E4M3_OF_LANES     f32_of_lanes_e4m3, of codes that are bytes of lanes
  * QZ_TILES_FOR_ALL     one function for each height of a tile serves all formats
  * QZ_ROWS_BESIDE       rows of FP4 weights, and of codes whose steps are long, that share loads of x
- * QZ_TURNS_HALVES      turn_halves, which transposes 16-bit scales
- * QZ_LINE_BITS         the bits of codes that kernels/lines.h serves, up to QZ_LINE_ROWS rows of x
- * QZ_MIN_PREFILL       rows of x from which on panels pay (kernels/table.h)
+ * QZ_TURNS_HALVES      turn_halves, which transposes 16-bit scales; needs QZ_LOADS_SOME
+ * QZ_LINE_BITS         the bits of codes that kernels/lines.h serves, up to QZ_LINE_ROWS rows of x; needs QZ_PANEL_FOLD
+ * QZ_MIN_PREFILL       rows of x from which on panels or lines pay, by digits; 8 at most (kernels/table.h)
  * QZ_PREFETCH          bytes by which weights are asked for ahead */
 
 /* a[0] b[0] c[0] d[0] a[1] b[1] ...: four vectors of bytes. */
