@@ -838,6 +838,22 @@ def test_nothing_is_touched_beyond_the_arrays(isa, layout, mode, bits, group_siz
             assert_same_bytes(product.results(**placed, accumulate="float")[0], plain_sums)
 
 
+@pytest.mark.parametrize(("mode", "bits", "group_size"), FORMATS)
+def test_nothing_is_touched_between_weight_rows(isa, mode, bits, group_size, rng):
+    """Rows lie in pages of their own, none of whose neighbours may be touched. One, two and three groups: rows end
+    within what kernels take at a time."""
+    for k in (group_size, 2 * group_size, 3 * group_size):
+        w, scales, biases = q.affine_quantize(rng.standard_normal((2, k), np.float32), group_size, bits)
+        pages = sorted((Page(row.nbytes) for row in w), key=lambda page: page.bytes.ctypes.data)
+        rows = [page.put(row, at_end=True) for page, row in zip(pages, w, strict=True)]
+        pitch = rows[1].ctypes.data - rows[0].ctypes.data
+        apart = np.lib.stride_tricks.as_strided(rows[0], w.shape, (pitch, w.itemsize))
+        x = rng.standard_normal((9, k), np.float32)
+        for m in (1, 2, 3, 9):
+            expected = q.affine_qmm_t(x[:m], w, scales, biases, group_size, bits)
+            assert_same_bytes(q.affine_qmm_t(x[:m], apart, scales, biases, group_size, bits), expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernel classes and the published call forms
 

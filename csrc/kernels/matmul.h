@@ -472,13 +472,14 @@ QZ_INLINE void add_terms_in_order(float *y, const float *terms, ptrdiff_t pitch,
 }
 
 /* The step of a weight row at block `at`. Where the row has less, digits are zero, and what stands there does not
- * matter: the next row; after the last one, a copy padded with zeros. */
+ * matter: the next row, if it follows without a gap; else a copy padded with zeros. */
 QZ_INLINE const uint8_t *step_of_row(uint8_t *copy, const qz_matmul_job *job, ptrdiff_t r, ptrdiff_t at, int bits,
                                      int block) {
     const ptrdiff_t row = r < job->rows ? r : job->rows - 1, left = job->columns - at * block;
     const uint8_t *from = job->w + row * job->w_row_stride + at * block * QZ_STORED_BITS(bits) / 8;
     const ptrdiff_t lacking = (QZ_STEP(bits, block) - left) * QZ_STORED_BITS(bits) / 8;
-    if (lacking <= 0 || (row + 1 < job->rows && lacking <= job->w_row_stride)) return from;
+    const int has_next = row + 1 < job->rows && job->w_row_stride <= job->columns * QZ_STORED_BITS(bits) / 8;
+    if (lacking <= 0 || (has_next && lacking <= job->w_row_stride)) return from;
     memset(copy, 0, QZ_MAX_UNITS * QZ_VECTOR_BYTES);
     memcpy(copy, from, (size_t)(left * QZ_STORED_BITS(bits) / 8));
     return copy;
